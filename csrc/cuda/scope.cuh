@@ -4,16 +4,25 @@
 #pragma once
 #ifdef ZF_EMU
 #include "../emu/cuda_emu.h"
+#define ZF_UNROLL
 #else
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
+#define ZF_UNROLL _Pragma("unroll")
 #define ZF_DYN_SHARED(T, name)                              \
   extern __shared__ __align__(16) unsigned char zf_smem_[]; \
   T* name = reinterpret_cast<T*>(zf_smem_)
 #define ZF_UNPAREN(...) __VA_ARGS__
 #define ZF_LAUNCH(kernel, grid, block, smem, stream, ...) ZF_UNPAREN kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
+// All blocks resident at once, so that grid.sync() may be called.  One argument, passed by value.
+#define ZF_LAUNCH_COOP(kernel, grid, block, smem, stream, argument)                                              \
+  do {                                                                                                           \
+    void* zf_arguments_[] = {const_cast<void*>(static_cast<const void*>(&(argument)))};                          \
+    (void)cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&ZF_UNPAREN kernel), dim3(grid), dim3(block), \
+                                      zf_arguments_, smem, stream);                                              \
+  } while (0)
 #endif
 #include <cstdint>
 

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launchers of the CUDA kernels: plain pointers and a stream, no torch types, implemented in the .cu files.  Arguments of
+// a list op travel by value in one struct, so that one launch serves many spaces and no descriptor is copied to the device
+// (which would break graph capture).  Kernel arguments are limited to 4 KB; the glue cuts longer lists into launches.
+#pragma once
+#ifdef ZF_EMU
+#include "../emu/cuda_emu.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace zipfast::cuda {
+
+// --- moments_ ---------------------------------------------------------------------------------------------------------
+constexpr int kMomentsSpaces = 16, kMomentsPointers = 96, kMomentsTile = 64;
+
+struct MomentsSpace {
+  int64_t outer, size, inner, seen;
+  const double* shift;  // [F]
+  double* comoment;     // [F, F]
+  double* total;        // [F]
+  long long* bad;       // [M]
+  int pointer;          // first of its M entries in MomentsJob::x
+  int tiles;            // tiles of the upper triangle
+  int splits;           // parts of the samples; more than one go through `partial`
+  int block;            // first block of the products
+  int64_t partial;      // first entry in MomentsJob::partial
+};
+struct MomentsJob {
+  MomentsSpace space[kMomentsSpaces];
+  const void* x[kMomentsPointers];
+  double* partial;  // per block with splits > 1: tile [64, 64], then sums [64]
+  int spaces, models, blocks;
+};
+// Tiles along a side, parts of the samples, float64 entries of scratch: by shape alone.
+ZF_HD inline int64_t moments_side(int64_t features) { return (features + kMomentsTile - 1) / kMomentsTile; }
+inline int moments_splits(int64_t tiles, int64_t samples) {
+  const int64_t wanted = (samples + 2047) / 2048, most = 528 / tiles < 1 ? 1 : 528 / tiles;
+  return int(wanted < 1 ? 1 : wanted < most ? wanted : most);
+}
+constexpr int64_t kMomentsPartial = kMomentsTile * kMomentsTile + kMomentsTile;
+cudaError_t moments(DType dtype, const MomentsJob& job, cudaStream_t stream);
+
+// --- regroup ----------------------------------------------------------------------------------------------------------
+constexpr int kRegroupPointers = 64;
+
+struct RegroupJob {
+  const void* x[kRegroupPointers];  // M tensors [outer, size, inner]
+  const int64_t* order;             // [members]
+  const int64_t* start;             // [groups + 1]
+  const double* divisor;            // [groups] or null
+  void* out;                        // [outer, groups, inner]
+  int64_t outer, size, inner, groups, members, models;
+};
+cudaError_t regroup(DType dtype, const RegroupJob& job, cudaStream_t stream);
+
+// --- zip_match --------------------------------------------------------------------------------------------------------
+constexpr int kMatchSpaces = 32;
+
+struct MatchSpace {
+  const void* sim;  // [n, n]
+  int64_t* group;   // [n]
+  int64_t* pair;    // [n - keep, 2]
+  void* value;      // [n - keep]
+  int64_t* status;  // [kStatusFields]
+  int64_t budget;
+  int n, keep;
+};
+struct MatchJob {
+  MatchSpace space[kMatchSpaces];
+  void* scratch;  // zip_match_scratch(dtype, largest n) bytes
+  double alpha;
+  int spaces, models, largest;
+  bool compat;
+};
+int64_t zip_match_scratch(DType dtype, int64_t largest);
+cudaError_t zip_match(DType dtype, const MatchJob& job, cudaStream_t stream);
+
+}  // namespace zipfast::cuda

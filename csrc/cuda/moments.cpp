@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// Glue of moments_' CUDA kernels: fills launches of up to kMomentsSpaces spaces of one dtype.
+#include "cuda/scope.h"
+
+namespace zipfast {
+namespace {
+
+void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>& total, const std::vector<Tensor>& bad,
+                  const std::vector<Tensor>& features, const std::vector<Tensor>& shift, const std::vector<int64_t>& axis,
+                  const std::vector<int64_t>& seen) {
+  const size_t spaces = comoment.size();
+  STD_TORCH_CHECK(spaces && total.size() == spaces && bad.size() == spaces && shift.size() == spaces &&
+                      axis.size() == spaces && seen.size() == spaces && features.size() % spaces == 0,
+                  "moments_: malformed lists");
+  const int models = int(features.size() / spaces);
+  STD_TORCH_CHECK(models <= cuda::kMomentsPointers, "moments_: at most ", cuda::kMomentsPointers, " models, got ", models);
+  CudaScope scope(features[0]);
+
+  std::vector<Tensor> alive;  // contiguous copies, if any, until the launch
+  cuda::MomentsJob job{};
+  DType dtype{};
+  int64_t partial = 0;
+  auto flush = [&] {
+    if (job.spaces == 0) return;
+    if (partial) {
+      Tensor scratch = torch::stable::new_empty(total[0], {partial});
+      job.partial = scratch.mutable_data_ptr<double>();
+      check_launch("moments_", cuda::moments(dtype, job, scope.stream));
+    } else {
+      check_launch("moments_", cuda::moments(dtype, job, scope.stream));
+    }
+    job = {};
+    partial = 0;
+  };
+  for (size_t i = 0; i < spaces; ++i) {
+    const Tensor& first = features[i * models];
+    const DType t = dtype_of("moments_", first);
+    if (job.spaces == cuda::kMomentsSpaces || (job.spaces + 1) * models > cuda::kMomentsPointers || t != dtype) flush();
+    dtype = t;
+    const AxisView view(first, axis[i]);
+    const int64_t F = models * view.size, side = cuda::moments_side(F);
+    alive.push_back(as_contiguous(shift[i]));
+    STD_TORCH_CHECK(comoment[i].numel() == F * F && comoment[i].is_contiguous() && total[i].numel() == F &&
+                        total[i].is_contiguous() && bad[i].numel() == models && bad[i].is_contiguous() &&
+                        alive.back().numel() == F,
+                    "moments_: malformed accumulators");
+    cuda::MomentsSpace& s = job.space[job.spaces];
+    s.outer = view.outer, s.size = view.size, s.inner = view.inner, s.seen = seen[i];
+    if (s.outer * s.size * s.inner == 0) continue;
+    s.shift = alive.back().const_data_ptr<double>();
+    s.comoment = comoment[i].mutable_data_ptr<double>();
+    s.total = total[i].mutable_data_ptr<double>();
+    s.bad = reinterpret_cast<long long*>(bad[i].mutable_data_ptr<int64_t>());
+    s.pointer = job.spaces * models;
+    for (int m = 0; m < models; ++m) {
+      const Tensor& x = features[i * models + m];
+      STD_TORCH_CHECK(x.numel() == first.numel() && x.scalar_type() == first.scalar_type(), "moments_: malformed features");
+      alive.push_back(as_contiguous(x));
+      job.x[s.pointer + m] = alive.back().const_data_ptr();
+    }
+    const int64_t tiles = side * (side + 1) / 2;
+    s.tiles = int(tiles);
+    s.splits = cuda::moments_splits(tiles, s.outer * s.inner);
+    s.block = job.blocks;
+    s.partial = partial;
+    STD_TORCH_CHECK(job.blocks + tiles * s.splits < (int64_t(1) << 31), "moments_: too many features");
+    job.blocks += s.tiles * s.splits;
+    if (s.splits > 1) partial += tiles * s.splits * cuda::kMomentsPartial;
+    job.models = models;
+    ++job.spaces;
+  }
+  flush();
+}
+
+}  // namespace
+}  // namespace zipfast
+
+ZF_CUDA_LIBRARY(m) { m.impl("moments_", TORCH_BOX(&zipfast::moments_cuda)); }

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming moments of the features of M models in one space, and the correlations that matching needs.
+
+Uncentred float32 sums give negative variances and wrong correlations where a channel's mean is large. Here each feature is
+shifted by a fixed short number c before it is squared: 0 if |mean| <= 2 std in the first batch, else the mean rounded to
+7 mantissa bits (a blind mean shift would turn the exact zeros after a ReLU into inexact constants). Sums stay additive
+over batches and workers; differently shifted ones are rebased in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.moments import NO_BAD_VALUE, moments_
+
+FORMAT = "zipfast.moments/1"
+SHIFT_SAMPLES = 16384  # of the first batch, to choose the shift by
+RELATIVE_FLOOR = 2.0**-18  # a standard deviation below this part of the mean is rounding, not signal
+
+
+class Moments:
+    """Means, covariance and correlation of the stacked features of M models, batch by batch.
+
+    Laws: ``Moments.merge(a.update(x), b.update(y))`` equals ``c.update(x).update(y)`` to 1e-12 for float64 features, and
+    for the others where both started from one shift (``b = a.like()``): then the same float32 products are added, in
+    another order. With shifts of their own, float32 features agree to about 1e-7.
+
+    Args:
+        models: M, the number of models.
+        name: what the errors call this space.
+
+    Example:
+        >>> import torch, zipfast
+        >>> a, b = torch.randn(8, 3, 5, 5), torch.randn(8, 3, 5, 5)
+        >>> moments = zipfast.Moments(2).update(a, b)
+        >>> moments.count, tuple(moments.correlation().shape)
+        (200, (6, 6))
+
+    Reference: Stoica et al. 2024, §4.1 (correlation of activations); Chan, Golub and LeVeque 1983, §2 (shifted sums).
+    """
+
+    def __init__(self, models: int, *, name: str = "features") -> None:
+        if models < 1:
+            raise ValueError(f"Moments: 'models' must be at least 1, got {models}")
+        self.models, self.name = models, name
+        self.count = 0
+        self._shift: Tensor | None = None  # [F] float64, each value exact in bfloat16
+        self._total: Tensor | None = None  # [F] sum of x - shift
+        self._comoment: Tensor | None = None  # [F, F] upper triangle of the sum of (x - shift)(x - shift)^T
+        self._bad: Tensor | None = None  # [M], see ops.moments
+
+    def like(self) -> Moments:
+        """An empty accumulator with the same shift, for another worker."""
+        other = Moments(self.models, name=self.name)
+        if self._shift is not None:
+            other._allocate(self._shift)
+        return other
+
+    def update(self, *features: Tensor, axis: int = 1) -> Moments:
+        """Add one batch.
+
+        Args:
+            features: M tensors of one shape, dtype (float32, float64, float16, bfloat16) and device, one per model, in
+                any layout with the D features along ``axis``: NCHW (axis 1), tokens (..., D) (axis -1), (N, D).
+                Channels-last memory is read as it lies.
+            axis: the feature axis.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: shapes, dtypes or devices that do not fit; on the CPU also a NaN or
+                infinity (elsewhere it is reported when the moments are read).
+        """
+        update_all([self], [features], [axis])
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both, as a new accumulator with this one's shift."""
+        if (self.models, self.features) != (other.models, other.features) and self.count and other.count:
+            raise ValueError(
+                f"Moments.merge: 'other' must have {self.models} models and {self.features} stacked features, "
+                f"got {other.models} and {other.features}"
+            )
+        first, second = (self, other) if self._shift is not None else (other, self)
+        result = first.like()
+        if first._shift is None:
+            return result
+        result.count = first.count + second.count
+        result._total.copy_(first._total)  # type: ignore[union-attr, arg-type]
+        result._comoment.copy_(first._comoment)  # type: ignore[union-attr, arg-type]
+        result._bad.copy_(first._bad)  # type: ignore[union-attr, arg-type]
+        if second._shift is not None:
+            delta = second._shift.to(first._shift.device) - first._shift  # x - c1 = (x - c2) + delta
+            total = second._total.to(delta.device)  # type: ignore[union-attr]
+            cross = torch.outer(delta, total)
+            result._total += total + second.count * delta
+            result._comoment += second._comoment.to(delta.device)  # type: ignore[union-attr]
+            result._comoment += cross + cross.T + second.count * torch.outer(delta, delta)
+            result._bad = torch.minimum(result._bad, second._bad.to(delta.device))  # type: ignore[union-attr, arg-type]
+        return result
+
+    @property
+    def features(self) -> int:
+        """F = M·D, stacked; 0 before the first batch."""
+        return 0 if self._shift is None else self._shift.shape[0]
+
+    def mean(self) -> Tensor:
+        """Mean of each stacked feature, float64 [F]."""
+        self._require(1)
+        return self._shift + self._total / self.count  # type: ignore[operator]
+
+    def covariance(self) -> Tensor:
+        """Biased covariance (divided by the count), float64 [F, F], symmetric to the bit; no variance is negative.
+
+        Raises:
+            ValueError: no sample yet, or a feature that is not finite.
+        """
+        self._require(1)
+        mean = self._total / self.count  # type: ignore[operator]
+        upper = torch.triu(self._comoment / self.count - torch.outer(mean, mean), 1)  # type: ignore[operator]
+        variance = (self._comoment.diagonal() / self.count - mean * mean).clamp(min=0)  # type: ignore[union-attr]
+        return upper + upper.T + torch.diag(variance)
+
+    def correlation(self, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Pearson correlation [F, F], symmetric to the bit, in [-1, 1].
+
+        A feature whose variance is at rounding level, (2^-18 · mean)² + 1e-30 or less, is dead: its row and column are
+        exactly 0, its diagonal too; never NaN.
+
+        Raises:
+            ValueError: fewer than two samples; a feature that is not finite (model, sample and feature are named);
+                every feature dead.
+        """
+        self._require(2)
+        covariance, mean = self.covariance(), self.mean()
+        if not bool(torch.isfinite(covariance).all()):
+            raise ValueError(f"Moments: the features of space '{self.name}' are too large for their squares to be summed")
+        scale = torch.maximum(mean.abs(), self._shift.abs())  # type: ignore[union-attr]
+        alive = covariance.diagonal() > (RELATIVE_FLOOR * scale) ** 2 + 1e-30
+        if not bool(alive.any()):
+            raise ValueError(
+                f"Moments: at least one feature of space '{self.name}' must vary, got {self.features} dead or constant "
+                "ones; check the data and that the models are trained"
+            )
+        inverse = torch.where(alive, covariance.diagonal(), 1.0).rsqrt() * alive
+        return (covariance * torch.outer(inverse, inverse)).clamp(-1, 1).to(dtype)
+
+    def check_finite(self) -> None:
+        """Read the status the kernels left; one host synchronisation.
+
+        Raises:
+            ValueError: a feature is NaN or infinite; names space, model, sample and feature.
+        """
+        if self._bad is None:
+            return
+        for model, place in enumerate(self._bad.tolist()):
+            if place != NO_BAD_VALUE:
+                sample, feature = divmod(place, self.features // self.models)
+                raise ValueError(
+                    f"Moments: features of space '{self.name}' must be finite, got NaN or infinity in model {model}, "
+                    f"feature {feature}, first at sample {sample}"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and numbers; :meth:`from_state_dict` restores an equal accumulator."""
+        state: dict[str, Any] = {"format": FORMAT, "models": self.models, "name": self.name, "count": self.count}
+        if self._shift is not None:
+            state |= {"shift": self._shift, "total": self._total, "comoment": self._comoment, "bad": self._bad}
+        return state
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> Moments:
+        if state.get("format") != FORMAT:
+            raise ValueError(f"Moments: 'format' must be {FORMAT!r}, got {state.get('format')!r}")
+        moments = Moments(state["models"], name=state["name"])
+        moments.count = state["count"]
+        if "shift" in state:
+            moments._shift, moments._total, moments._comoment, moments._bad = (
+                state[key].clone() for key in ("shift", "total", "comoment", "bad")
+            )
+        return moments
+
+    def _require(self, samples: int) -> None:
+        if self.count < samples:
+            raise ValueError(
+                f"Moments: space '{self.name}' must have seen at least {samples} sample{'s' if samples > 1 else ''}, "
+                f"got {self.count}"
+            )
+        self.check_finite()
+
+    def _allocate(self, shift: Tensor) -> None:
+        stacked, device = shift.shape[0], shift.device
+        self._shift = shift
+        self._total = torch.zeros(stacked, dtype=torch.float64, device=device)
+        self._comoment = torch.zeros(stacked, stacked, dtype=torch.float64, device=device)
+        self._bad = torch.full((self.models,), NO_BAD_VALUE, dtype=torch.int64, device=device)
+
+
+def update_all(moments: Sequence[Moments], features: Sequence[Sequence[Tensor]], axes: Sequence[int]) -> None:
+    """Add one batch to many spaces in one call of the kernel: ``features[s]`` are the M tensors of space s."""
+    flat: list[Tensor] = []
+    axis_of: list[int] = []
+    with torch.no_grad():
+        for space, own, axis in zip(moments, features, axes):
+            tensors, axis = _as_stored(space, own, axis)
+            if space._shift is None:
+                space._allocate(_choose_shift(tensors, axis))
+            flat += tensors
+            axis_of.append(axis)
+        moments_(
+            [m._comoment for m in moments],
+            [m._total for m in moments],
+            [m._bad for m in moments],
+            flat,
+            [m._shift for m in moments],
+            axis_of,
+            [m.count for m in moments],
+        )
+    for i, (space, axis) in enumerate(zip(moments, axis_of)):
+        first = flat[i * space.models]
+        space.count += first.numel() // first.shape[axis] if first.numel() else 0
+        if first.device.type == "cpu":  # free here; a GPU would have to be waited for
+            space.check_finite()
+
+
+def _as_stored(space: Moments, features: Sequence[Tensor], axis: int) -> tuple[list[Tensor], int]:
+    """The features as views in memory order, so that no kernel has to copy channels-last tensors."""
+    if len(features) != space.models:
+        raise ValueError(f"Moments: space '{space.name}' must get {space.models} tensors, got {len(features)}")
+    first = features[0]
+    if not -first.dim() <= axis < first.dim():
+        raise ValueError(f"Moments: 'axis' must be in [{-first.dim()}, {first.dim()}), got {axis}")
+    axis %= first.dim()
+    for m, x in enumerate(features):
+        if x.shape != first.shape:
+            raise ValueError(
+                f"Moments: the models must agree on the features of space '{space.name}', "
+                f"got {list(first.shape)} in model 0 and {list(x.shape)} in model {m}"
+            )
+    if space._shift is not None and space.features != space.models * first.shape[axis]:
+        raise ValueError(
+            f"Moments: space '{space.name}' must have {space.features // space.models} features per model, "
+            f"got {first.shape[axis]}"
+        )
+    if all(x.is_contiguous() for x in features):
+        return list(features), axis
+    last = [x.movedim(axis, -1) for x in features]
+    if all(x.is_contiguous() for x in last):
+        return last, first.dim() - 1
+    return [x.contiguous() for x in features], axis
+
+
+def _choose_shift(features: Sequence[Tensor], axis: int) -> Tensor:
+    """Per feature 0 where |mean| <= 2 std over a part of the first batch, else the mean rounded to bfloat16."""
+    shifts = []
+    for x in features:
+        positions = x.numel() // max(1, x.shape[0] * x.shape[axis]) if axis else x.numel() // max(1, x.shape[0])
+        part = x[: max(1, SHIFT_SAMPLES // max(1, positions))] if axis else x
+        rows = part.movedim(axis, 0).reshape(x.shape[axis], -1).double()
+        if rows.shape[1] == 0:
+            shifts.append(rows.new_zeros(rows.shape[0]))
+            continue
+        variance, mean = torch.var_mean(rows, 1, correction=0)
+        wanted = (mean.abs() > 2 * variance.sqrt()) & torch.isfinite(mean)
+        shifts.append(torch.where(wanted, mean, 0.0).bfloat16().double())
+    return torch.cat(shifts)

@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rule per ATen op: what the op says about the layouts of its axes.
+
+A rule receives the `Flow` (layouts found so far), the graph node and the node's own arguments; it unifies the axes that
+must carry the same features, notes which parameter axes produce or consume features, and returns one layout per axis
+of the node's output (a list of those for ops with several outputs). Rules see sizes only, never values.
+
+A new op is one function here, or in user code:
+
+    @rule("my_op")
+    def _my_op(flow, node, x):
+        return list(flow.axes(x))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from .flow import RULES, Flow, UnknownOpError, apply_rule, op_name, rule, shape_of
+from .layout import (
+    Atom,
+    Concat,
+    Layout,
+    Product,
+    concat,
+    divide,
+    flag,
+    freeze,
+    frozen_atom,
+    is_frozen,
+    one,
+    product,
+    resolve,
+    size_of,
+    unify,
+)
+
+__all__ = ["RULES", "Flow", "UnknownOpError", "apply_rule", "op_name", "rule", "shape_of"]
+
+# ------------------------------------------------------------------------------------------ elementwise
+
+ELEMENTWISE = """
+ add sub mul div rsub pow sqrt rsqrt exp log log1p tanh sigmoid log_sigmoid relu relu6 gelu silu mish hardtanh hardswish
+ hardsigmoid leaky_relu elu selu celu softplus softsign clamp clamp_min clamp_max neg abs sign round floor erf sin cos
+ where masked_fill maximum minimum lerp eq ne lt le gt ge logical_and logical_or logical_not isnan __and__ __or__
+ bitwise_and bitwise_or bitwise_not dropout alpha_dropout feature_dropout to _to_copy clone contiguous alias detach
+ lift_fresh_copy type_as square reciprocal zeros_like ones_like full_like fill zero copy nan_to_num addcmul addcdiv
+"""
+
+
+@rule(*ELEMENTWISE.split())
+def _elementwise(flow: Flow, node: Node, *args: Any, **kwargs: Any) -> list[Layout]:
+    """All operands' axes unify as they broadcast; a residual sum makes one space of its streams this way."""
+    return flow.broadcast(shape_of(node), [flow.axes(source) for source in node.all_input_nodes if flow.axes(source)])
+
+
+@rule("prelu")
+def _prelu(flow: Flow, node: Node, x: Node, weight: Node) -> list[Layout]:
+    """The slope rides the channel axis, unless there is one for all channels."""
+    axes = flow.axes(x)
+    if size_of(flow.axes(weight)[0]) != 1:
+        unify(axes[1 if len(axes) > 1 else 0], flow.axes(weight)[0])
+    return list(axes)
+
+
+@rule("softmax", "log_softmax")
+def _softmax(flow: Flow, node: Node, x: Node, dim: int, *args: Any) -> list[Layout]:
+    """Axes pass; along `dim` only a permutation is exact."""
+    flag(flow.axes(x)[dim], "softmax")
+    return list(flow.axes(x))
+
+
+@rule("full", "zeros", "ones", "empty", "new_ones", "new_zeros", "new_full", "new_empty")
+def _uniform(flow: Flow, node: Node, *args: Any, **kwargs: Any) -> list[Layout]:
+    """One value everywhere: any permutation fits."""
+    return [Atom(size) if size != 1 else one() for size in shape_of(node)]
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+@rule("linear")
+def _linear(flow: Flow, node: Node, x: Node, weight: Node, bias: Node | None = None) -> list[Layout]:
+    """Weight axis 1 consumes the last axis of x, axis 0 and the bias produce."""
+    flow.contract(x, -1, weight, 1)
+    return flow.axes(x)[:-1] + [flow.produce(weight, 0, bias)]
+
+
+@rule("addmm", "baddbmm")
+def _addmm(flow: Flow, node: Node, bias: Node, x: Node, weight: Node, **kwargs: Any) -> list[Layout]:
+    """bias + x @ weight: the second last axis of the weight consumes, the last and the bias produce."""
+    flow.contract(x, -1, weight, -2)
+    return flow.axes(x)[:-1] + [flow.produce(weight, -1, bias)]
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot")
+def _matmul(flow: Flow, node: Node, x: Node, y: Node) -> list[Layout]:
+    """The inner axes unify; a weight may stand on either side."""
+    x_axes, y_axes = flow.axes(x), flow.axes(y)
+    inner = -2 if len(y_axes) > 1 else -1
+    head: list[Layout] = x_axes[-2:-1]
+    if flow.is_weight(x) and not flow.is_weight(y):
+        flow.contract(y, inner, x, -1)
+        if head:
+            head = [flow.produce(x, -2)]
+    else:
+        flow.contract(x, -1, y, inner)
+    tail = head + ([flow.produce(y, -1)] if len(y_axes) > 1 else [])
+    sizes = shape_of(node)
+    return flow.broadcast(sizes[: len(sizes) - len(tail)], [x_axes[:-2], y_axes[:-2]]) + tail
+
+
+def _freeze_positions(kernel: Sequence[Layout], spatial: Sequence[Layout]) -> None:
+    # Whoever mixes neighbours gives its positions a meaning, also where a reshape made them of features.
+    for axis in kernel:
+        freeze(axis, "kernel")
+    for axis in spatial:
+        freeze(axis, "spatial")
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _conv(
+    flow: Flow, node: Node, x: Node, weight: Node, bias: Node | None = None, *args: Any, **kwargs: Any
+) -> list[Layout]:
+    """Weight axis 1 consumes the channels, axis 0 and the bias produce; a depthwise weight rides its channels."""
+    groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
+    axes, weight_axes = flow.axes(x), flow.axes(weight)
+    batched = len(axes) == len(weight_axes)
+    channels = axes[1 if batched else 0]
+    _freeze_positions(weight_axes[2:], axes[2 if batched else 1 :])
+    if groups == 1:
+        flow.contract(x, 1 if batched else 0, weight, 1)
+        out = flow.produce(weight, 0, bias)
+    else:
+        out = weight_axes[0]
+        if groups == size_of(channels):  # depthwise; with a multiplier, each channel owns a block of outputs
+            inner = Atom(size_of(out) // groups)
+            unify(out, product(channels, inner))
+            if inner.size > 1 and flow.is_weight(weight):
+                flow.note(weight, inner, "produce")
+        else:
+            # Groups could be permuted as blocks, but each block is one feature space of its own only in part.
+            for axis in (channels, out, weight_axes[1]):
+                freeze(axis, "grouped conv")
+        if bias is not None:
+            unify(out, flow.axes(bias)[0])
+    spatial = flow.fresh(node, "spatial")
+    return [axes[0], out, *spatial[2:]] if batched else [out, *spatial[1:]]
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _conv_transpose(
+    flow: Flow, node: Node, x: Node, weight: Node, bias: Node | None = None, *args: Any, **kwargs: Any
+) -> list[Layout]:
+    """As convolution, with the weight's axes 0 and 1 exchanged."""
+    groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
+    axes, weight_axes = flow.axes(x), flow.axes(weight)
+    _freeze_positions(weight_axes[2:], axes[2:])
+    spatial = flow.fresh(node, "spatial")
+    if groups == 1:
+        flow.contract(x, 1, weight, 0)
+        return [axes[0], flow.produce(weight, 1, bias), *spatial[2:]]
+    if groups == size_of(axes[1]) and size_of(weight_axes[1]) == 1:
+        unify(axes[1], weight_axes[0])
+        if bias is not None:
+            unify(axes[1], flow.axes(bias)[0])
+        return [axes[0], axes[1], *spatial[2:]]
+    for axis in (axes[1], weight_axes[0], weight_axes[1], *([flow.axes(bias)[0]] if bias is not None else [])):
+        freeze(axis, "grouped conv")
+    return [axes[0], frozen_atom(shape_of(node)[1], "grouped conv"), *spatial[2:]]
+
+
+@rule("embedding")
+def _embedding(flow: Flow, node: Node, weight: Node, index: Node, *args: Any, **kwargs: Any) -> list[Layout]:
+    """Rows are picked by index and stay; columns produce."""
+    freeze(flow.axes(weight)[0], "table index")
+    return flow.axes(index) + [flow.produce(weight, 1)]
+
+
+# ------------------------------------------------------------------------------------------ norms, reductions, pools
+
+
+@rule("batch_norm", "instance_norm")
+def _batch_norm(flow: Flow, node: Node, x: Node, *params: Any, **kwargs: Any) -> list[Layout]:
+    """Scale, shift and both running statistics ride the channel axis."""
+    for param in params[:4]:
+        if isinstance(param, Node):
+            unify(flow.axes(x)[1], flow.axes(param)[0])
+    return list(flow.axes(x))
+
+
+@rule("layer_norm", "rms_norm")
+def _layer_norm(flow: Flow, node: Node, x: Node, shape: Sequence[int], *params: Any, **kwargs: Any) -> list[Layout]:
+    """Scale and shift ride the normalised axes, along which only a permutation is exact."""
+    for i in range(1, len(shape) + 1):
+        flag(flow.axes(x)[-i], "norm")
+        for param in params:
+            if isinstance(param, Node):
+                unify(flow.axes(x)[-i], flow.axes(param)[-i])
+    return list(flow.axes(x))
+
+
+@rule("_weight_norm")
+def _weight_norm(flow: Flow, node: Node, v: Node, g: Node, dim: int = 0) -> list[Layout]:
+    """v scaled to the norms g, one for each index of `dim`: along the other axes only a permutation is exact."""
+    for i, axis in enumerate(flow.axes(v)):
+        if i != dim:
+            flag(axis, "norm")
+    return flow.broadcast(shape_of(node), [flow.axes(v), flow.axes(g)])
+
+
+@rule("group_norm")
+def _group_norm(flow: Flow, node: Node, x: Node, groups: int, *params: Any, **kwargs: Any) -> list[Layout]:
+    """Channels become groups x width; scale and shift ride, and only a permutation is exact."""
+    channels = flow.axes(x)[1]
+    if 1 < groups < size_of(channels):
+        divide(channels, Product, [groups, size_of(channels) // groups])
+    flag(channels, "norm")
+    return _batch_norm(flow, node, x, *params[:2])
+
+
+@rule("mean", "sum", "var", "std", "amax", "amin", "prod", "logsumexp", "norm", "linalg_vector_norm", "any", "all")
+def _reduce(flow: Flow, node: Node, x: Node, *args: Any, **kwargs: Any) -> list[Layout]:
+    """Reduced axes go; if they were features, only a permutation is exact."""
+    axes = flow.axes(x)
+    args = args[1:] if op_name(node) in ("norm", "linalg_vector_norm") else args
+    dims = kwargs.get("dim", args[0] if args else None)
+    return _without(axes, dims, keep=len(shape_of(node)) == len(axes))
+
+
+def _without(axes: list[Layout], dims: Any, keep: bool) -> list[Layout]:
+    dims = range(len(axes)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    gone = {dim % len(axes) for dim in dims}
+    for dim in gone:
+        flag(axes[dim], "mean")
+    return [one() if i in gone else axis for i, axis in enumerate(axes) if keep or i not in gone]
+
+
+@rule("max", "min", "argmax", "argmin")
+def _extremum(flow: Flow, node: Node, x: Node, *args: Any, **kwargs: Any) -> Any:
+    """max(x, y) is elementwise; where the answer is a position, the axis is frozen."""
+    if args and isinstance(args[0], Node):
+        return _elementwise(flow, node)
+    axes, value = flow.axes(x), node.meta["val"]
+    several = isinstance(value, tuple | list)
+    dim = kwargs.get("dim", args[0] if args else None)
+    if several or op_name(node).startswith("arg"):
+        for axis in axes if dim is None else [axes[dim]]:
+            freeze(axis, "position")
+    first = value[0] if several else value
+    out = _without(axes, dim, keep=len(first.shape) == len(axes))
+    return [out, list(out)] if several else out
+
+
+POOLS = """
+ max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+ adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices
+ upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+ upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+"""
+
+
+@rule(*POOLS.split())
+def _pool(flow: Flow, node: Node, x: Node, *args: Any, **kwargs: Any) -> Any:
+    """Channels pass, the spatial axes are new."""
+    spatial = int(re.findall(r"([123])d", op_name(node))[0])
+    _freeze_positions((), flow.axes(x)[-spatial:])
+    value = node.meta["val"]
+    if isinstance(value, tuple | list):
+        return [flow.axes(x)[:-spatial] + flow.fresh(item, "spatial")[-spatial:] for item in value]
+    return flow.axes(x)[:-spatial] + flow.fresh(node, "spatial")[-spatial:]
+
+
+# ------------------------------------------------------------------------------------------ shapes
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+def _reshape(flow: Flow, node: Node, x: Node, *args: Any, **kwargs: Any) -> list[Layout]:
+    """Axes are factored, outer to inner: [C, H, W] -> [C*H*W] makes C x (H*W); what does not factor is frozen."""
+    todo, out = list(flow.axes(x)), []
+    for size in shape_of(node):
+        parts: list[Layout] = []
+        missing = size
+        while missing > 1:
+            axis = todo.pop(0)
+            term = resolve(axis)
+            n = size_of(term)
+            if n == 1:
+                continue
+            if missing % n == 0:
+                parts.append(axis)
+                missing //= n
+            elif isinstance(term, Product):
+                todo[:0] = term.parts
+            elif n % missing == 0:
+                todo[:0] = divide(term, Product, [missing, n // missing])
+            else:
+                for axis in flow.axes(x):
+                    freeze(axis, "reshape")
+                return flow.fresh(node, "reshape")
+        out.append(parts[0] if len(parts) == 1 else product(*parts))
+    return out
+
+
+@rule("transpose", "swapaxes")
+def _transpose(flow: Flow, node: Node, x: Node, first: int, second: int) -> list[Layout]:
+    """Two axes change places."""
+    axes = list(flow.axes(x))
+    axes[first], axes[second] = axes[second], axes[first]
+    return axes
+
+
+@rule("t", "mT", "adjoint")
+def _t(flow: Flow, node: Node, x: Node) -> list[Layout]:
+    """The last two axes change places."""
+    axes = flow.axes(x)
+    return axes[:-2] + axes[-2:][::-1]
+
+
+@rule("numpy_T")
+def _reversed(flow: Flow, node: Node, x: Node) -> list[Layout]:
+    """All axes in reverse."""
+    return flow.axes(x)[::-1]
+
+
+@rule("permute")
+def _permute(flow: Flow, node: Node, x: Node, dims: Sequence[int]) -> list[Layout]:
+    """Axes are reordered."""
+    return [flow.axes(x)[dim] for dim in dims]
+
+
+@rule("movedim")
+def _movedim(flow: Flow, node: Node, x: Node, source: Any, destination: Any) -> list[Layout]:
+    """Axes are moved, the others keep their order."""
+    axes = flow.axes(x)
+    n = len(axes)
+    sources = [d % n for d in ([source] if isinstance(source, int) else source)]
+    places = [d % n for d in ([destination] if isinstance(destination, int) else destination)]
+    moved = dict(zip(places, sources))
+    rest = iter(i for i in range(n) if i not in sources)
+    return [axes[moved[i] if i in moved else next(rest)] for i in range(n)]
+
+
+@rule("unsqueeze")
+def _unsqueeze(flow: Flow, node: Node, x: Node, dim: int) -> list[Layout]:
+    """An axis of size 1 is added."""
+    axes = list(flow.axes(x))
+    axes.insert(dim % (len(axes) + 1), one())
+    return axes
+
+
+@rule("squeeze")
+def _squeeze(flow: Flow, node: Node, x: Node, dims: Any = None) -> list[Layout]:
+    """Axes of size 1 go."""
+    axes = flow.axes(x)
+    dims = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {dim % len(axes) for dim in dims}
+    return [axis for i, axis in enumerate(axes) if not (i in gone and size_of(axis) == 1)]
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _expand(flow: Flow, node: Node, x: Node, *args: Any, **kwargs: Any) -> list[Layout]:
+    """Repeated axes are equal everywhere: any permutation fits, so they are new and free."""
+    sizes, axes = shape_of(node), flow.axes(x)
+    padded = [one() for _ in range(len(sizes) - len(axes))] + list(axes)
+    return [axis if size_of(axis) == size else Atom(size) for axis, size in zip(padded, sizes)]
+
+
+@rule("cat", "concat", "concatenate")
+def _cat(flow: Flow, node: Node, tensors: Sequence[Node], dim: int = 0) -> list[Layout]:
+    """The axis becomes a concatenation; all other axes unify."""
+    many = [flow.axes(tensor) for tensor in tensors]
+    dim %= len(many[0])
+    return [
+        concat(*(axes[dim] for axes in many)) if i == dim else flow.broadcast([size], [[axes[i]] for axes in many])[0]
+        for i, size in enumerate(shape_of(node))
+    ]
+
+
+@rule("stack")
+def _stack(flow: Flow, node: Node, tensors: Sequence[Node], dim: int = 0) -> list[Layout]:
+    """A new axis, whose order matters, is added; all others unify."""
+    sizes = shape_of(node)
+    dim %= len(sizes)
+    axes = flow.broadcast(sizes[:dim] + sizes[dim + 1 :], [flow.axes(tensor) for tensor in tensors])
+    return axes[:dim] + [frozen_atom(sizes[dim], "stack") if sizes[dim] != 1 else one()] + axes[dim:]
+
+
+@rule("pad", "constant_pad_nd")
+def _pad(flow: Flow, node: Node, x: Node, pads: Sequence[int], *args: Any, **kwargs: Any) -> list[Layout]:
+    """Padding with a constant adds free segments; any other padding of a feature axis freezes it."""
+    axes = list(flow.axes(x))
+    mode = next((value for value in (*args, kwargs.get("mode")) if isinstance(value, str)), "constant")
+    for i in range(len(pads) // 2):
+        low, high, axis = pads[2 * i], pads[2 * i + 1], len(axes) - 1 - i
+        if low == high == 0:
+            continue
+        if low < 0 or high < 0 or mode != "constant" or is_frozen(axes[axis]):
+            freeze(axes[axis], "pad")
+            axes[axis] = flow.fresh(node, "pad")[axis]
+        else:
+            axes[axis] = concat(Atom(low), axes[axis], Atom(high))
+    return axes
+
+
+@rule("slice", "narrow")
+def _slice(
+    flow: Flow, node: Node, x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> list[Layout]:
+    """A slice cuts the axis into segments; a stride freezes it."""
+    axes = list(flow.axes(x))
+    size = size_of(axes[dim])
+    if is_frozen(axes[dim]):
+        axes[dim] = axes[dim] if shape_of(node)[dim] == size else flow.fresh(node, "slice")[dim]
+        return axes
+    if op_name(node) == "narrow":
+        start, end = start % size, start % size + end
+    low, high, _ = slice(start, end).indices(size)
+    if step != 1:
+        freeze(axes[dim], "slice")
+        axes[dim] = flow.fresh(node, "slice")[dim]
+    elif (low, high) != (0, size):
+        axes[dim] = divide(axes[dim], Concat, [low, high - low, size - high])[1]
+    return axes
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split")
+def _split(flow: Flow, node: Node, x: Node, _: Any, dim: int = 0) -> list[list[Layout]]:
+    """The axis is cut into segments, one per output."""
+    axes = flow.axes(x)
+    dim %= len(axes)
+    sizes = [shape_of(value)[dim] for value in node.meta["val"]]
+    return [[*axes[:dim], part, *axes[dim + 1 :]] for part in divide(axes[dim], Concat, sizes)]
+
+
+@rule("select", "unbind")
+def _select(flow: Flow, node: Node, x: Node, dim: int = 0, *args: Any) -> Any:
+    """Picking single positions freezes the axis."""
+    axes = list(flow.axes(x))
+    picked = axes.pop(dim)
+    freeze(picked, "select")
+    return axes if op_name(node) == "select" else [list(axes) for _ in range(size_of(picked))]
+
+
+@rule("index", "index_select")
+def _index(flow: Flow, node: Node, x: Node, *args: Any) -> list[Layout]:
+    """Axes that are indexed by a tensor are frozen, the others pass."""
+    axes = flow.axes(x)
+    indexed = [args[0] % len(axes)] if isinstance(args[0], int) else [i for i, v in enumerate(args[0]) if v is not None]
+    for dim in indexed:
+        freeze(axes[dim], "table index")
+    rest = [axis for i, axis in enumerate(axes) if i not in indexed]
+    new = len(shape_of(node)) - len(rest)
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if adjacent else 0
+    return rest[:at] + flow.fresh(node, "table index")[at : at + new] + rest[at:]
+
+
+@rule("roll", "flip", "cumsum")
+def _ordered(flow: Flow, node: Node, x: Node, amount: Any, dims: Any = None) -> list[Layout]:
+    """The order of the axis matters: frozen."""
+    dims = dims if op_name(node) == "roll" else amount
+    for dim in [dims] if isinstance(dims, int) else dims or range(len(flow.axes(x))):
+        freeze(flow.axes(x)[dim], "order")
+    return list(flow.axes(x))
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(flow: Flow, node: Node, x: Node, factor: int) -> list[Layout]:
+    """Channels become channels x pixels; the pixels are frozen."""
+    axes = flow.axes(x)
+    channels, pixels = divide(axes[-3], Product, [size_of(axes[-3]) // factor**2, factor**2])
+    freeze(pixels, "pixel order")
+    _freeze_positions((), axes[-2:])
+    return axes[:-3] + [channels] + flow.fresh(node, "spatial")[-2:]

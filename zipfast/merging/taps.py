@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the features of a plan's spaces while a model runs.
+
+`Tapped` runs the exported program with any state dict of its architecture: one graph serves all models that are to be
+merged, each through the same taps, and no model object is needed. Only tapped values are kept; all others are freed
+after their last use, as in a plain forward pass. A tapped value is copied only if an in-place op may write to it later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx import Interpreter, Node
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from .plan import Tap
+from .rules import op_name
+from .spaces import Graph
+
+# Ops that may return their input itself although their schema does not say so.
+MAY_ALIAS = """
+ reshape flatten unflatten contiguous to type_as dropout alpha_dropout feature_dropout chunk split split_with_sizes
+ tensor_split unbind getitem expand_as view_as reshape_as numpy_T
+"""
+
+
+class Tapped:
+    """An exported program as a function (state, inputs) -> (output, values at the taps).
+
+    Args:
+        graph: what `find_spaces` returned.
+
+    Example:
+        >>> from torch import nn
+        >>> from zipfast.merging import find_spaces
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> x = torch.randn(5, 4)
+        >>> graph = find_spaces(net, (x,))
+        >>> output, values = Tapped(graph).run(net.state_dict(), x)
+        >>> bool((output == net(x)).all()), [tuple(value.shape) for value in values.values()]
+        (True, [(5, 8)])
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        program = graph.program
+        nodes = list(program.graph.nodes)
+        self.nodes = frozenset(tap.node for space in graph.plan.mergeable for tap in space.taps)
+        self._specs = list(program.graph_signature.input_specs)
+        written = _written_later(nodes)
+        self._copied = frozenset(node.name for node in nodes if node.name in self.nodes and node in written)
+        self._guarded = [node in written for node in nodes if node.op == "placeholder"]
+        # A tied tensor has several names; a state dict without duplicates holds one of them.
+        self._twins = {name: others for name, others in graph.plan.aliases.items()}
+        self._twins |= {twin: (name, *others) for name, others in graph.plan.aliases.items() for twin in others}
+
+    def run(self, state: Mapping[str, Tensor], *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """One forward pass without gradients.
+
+        Args:
+            state: parameters and buffers by name, as in a state dict; buffers that are not in it are taken from the
+                exported model, moved to the device of the state.
+            inputs: positional arguments as in the example; any batch size.
+            kwargs: keyword arguments as in the example. Arguments that are no tensors keep the example's value.
+
+        Returns:
+            The model's output and {node name: value} for all taps of mergeable spaces. `state` and inputs are not
+            written, also not by a model that works in place.
+
+        Raises:
+            ValueError: a parameter is missing, or the tensors are not as many as in the example.
+        """
+        device = next((value.device for value in state.values()), torch.device("cpu"))
+        placed = self._placeholders(state, device, inputs, kwargs)
+        keeper = _Keeper(self.graph.program.graph_module, self.nodes, self._copied, device)
+        with torch.no_grad():
+            results = keeper.run(*placed)
+        signature = self.graph.program.graph_signature
+        flat = [
+            value.value if isinstance(value := spec.arg, ConstantArgument) else result
+            for spec, result in zip(signature.output_specs, results)
+            if spec.kind is OutputKind.USER_OUTPUT
+        ]
+        spec = self.graph.program.call_spec.out_spec
+        return (tree_unflatten(flat, spec) if spec is not None else flat), keeper.kept
+
+    def _placeholders(
+        self, state: Mapping[str, Tensor], device: torch.device, inputs: Any, kwargs: Mapping[str, Any]
+    ) -> list[Any]:
+        keywords = self.graph.keywords
+        if set(kwargs) != set(keywords):
+            raise ValueError(f"run: keyword arguments must be {list(keywords)} as in the example, got {list(kwargs)}")
+        given = [leaf for leaf in tree_leaves((inputs, [kwargs[k] for k in keywords])) if isinstance(leaf, Tensor)]
+        wanted = [s for s in self._specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
+        if len(given) != len(wanted):
+            raise ValueError(f"run: 'inputs' must hold {len(wanted)} tensors as in the example, got {len(given)}")
+        feed = iter(given)
+        placed: list[Any] = []
+        for spec, guarded in zip(self._specs, self._guarded):
+            value: Any
+            if spec.kind is InputKind.USER_INPUT:
+                value = spec.arg.value if isinstance(spec.arg, ConstantArgument) else next(feed)
+            else:
+                value = self._tensor(str(spec.target), spec.kind, state, device)
+            placed.append(value.clone() if guarded and isinstance(value, Tensor) else value)
+        return placed
+
+    def _tensor(self, name: str, kind: InputKind, state: Mapping[str, Tensor], device: torch.device) -> Any:
+        for key in (name, *self._twins.get(name, ())):
+            if key in state:
+                return state[key]
+        program = self.graph.program
+        value = program.constants.get(name)
+        if value is None and kind is InputKind.BUFFER:
+            value = program.state_dict.get(name)
+        if value is None:
+            raise ValueError(f"run: 'state' must hold {name!r}, got {len(state)} tensors without it")
+        return value.to(device) if isinstance(value, Tensor) else value
+
+
+def features(value: Tensor, tap: Tap) -> tuple[Tensor, int]:
+    """A tapped value with the space's features alone on one axis, as a view.
+
+    Returns:
+        (tensor, axis) with tensor.shape[axis] == tap.size. A plain feature axis comes back as it is; otherwise the
+        segment [outer, size, block] takes three axes in place of one, the middle one being the features.
+
+    Raises:
+        ValueError: the value has no such segment.
+
+    Example:
+        >>> x = torch.randn(2, 12)  # three channels of 2x2 pixels, flattened
+        >>> tensor, axis = features(x, Tap("flatten", 1, offset=0, outer=1, block=4, size=3))
+        >>> tuple(tensor.shape), axis
+        ((2, 1, 3, 4), 2)
+    """
+    axis, n = tap.axis, value.shape[tap.axis]
+    unit = tap.size * tap.block
+    outer = n // unit if tap.outer == -1 else tap.outer
+    if tap.offset + outer * unit > n or (tap.outer == -1 and outer * unit != n):
+        raise ValueError(
+            f"features: axis {axis} of 'value' must hold [{tap.outer}, {tap.size}, {tap.block}] from {tap.offset} on, "
+            f"got size {n}"
+        )
+    if outer * unit != n:
+        value = value.narrow(axis, tap.offset, outer * unit)
+    if outer == tap.block == 1:
+        return value, axis
+    return value.unflatten(axis, (outer, tap.size, tap.block)), axis + 1
+
+
+class _Keeper(Interpreter):
+    """Runs the graph on a device and keeps the values of the wanted nodes."""
+
+    def __init__(self, module: Any, wanted: frozenset[str], copied: frozenset[str], device: torch.device) -> None:
+        super().__init__(module)
+        self._wanted, self._to_copy, self._device = wanted, copied, device
+        self.kept: dict[str, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._wanted:
+            self.kept[n.name] = value.clone() if n.name in self._to_copy else value
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("device") is not None:  # the export wrote the example's device into ops that make tensors
+            kwargs = {**kwargs, "device": self._device}
+        return super().call_function(target, args, kwargs)
+
+
+def _written_later(nodes: list[Node]) -> set[Node]:
+    """Nodes whose memory an in-place op may write to after they are computed.
+
+    Values that may share memory are one set; a write to a set concerns all its members computed before the write.
+    """
+    aliasing = frozenset(MAY_ALIAS.split())
+    parent = {node: node for node in nodes}
+
+    def find(node: Node) -> Node:
+        while parent[node] is not node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    writes: list[tuple[int, Node]] = []
+    for i, node in enumerate(nodes):
+        if node.op != "call_function":
+            continue
+        if op_name(node) in aliasing:
+            for source in node.all_input_nodes:
+                parent[find(node)] = find(source)
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args):
+            if argument.alias_info is None:
+                continue
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(item, Node):
+                    parent[find(node)] = find(item)
+                    if argument.alias_info.is_write:
+                        writes.append((i, item))
+    last = {find(target): i for i, target in writes}  # in graph order: the last write to each set stays
+    return {node for i, node in enumerate(nodes) if last.get(find(node), -1) > i}
