@@ -9,6 +9,7 @@ Environment (all optional):
   TORCH_CUDA_ARCH_LIST       as elsewhere, e.g. "8.0;9.0+PTX"; default: the GPUs of this machine, else 8.0;9.0+PTX;9.0a
   MAX_JOBS                   parallel compile jobs
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -39,7 +40,12 @@ def find_torch() -> Path | None:
     spec = importlib.util.find_spec("torch")
     if spec and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0])
-    dirs = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages(), site.getusersitepackages()]
+    dirs = [
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+    ]
     if os.environ.get("ZIPFAST_TORCH"):
         dirs.insert(0, os.environ["ZIPFAST_TORCH"])
     for d in dirs:
@@ -72,8 +78,9 @@ def cuda_archs() -> str:
     lst = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not lst:
         try:
-            caps = subprocess.check_output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], text=True,
-                                           stderr=subprocess.DEVNULL).split()
+            caps = subprocess.check_output(
+                ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], text=True, stderr=subprocess.DEVNULL
+            ).split()
             lst = ";".join(sorted(set(caps)))
         except (OSError, subprocess.CalledProcessError):
             lst = ""
@@ -107,8 +114,19 @@ def plan() -> tuple[list[str] | None, str]:
         why = f"C++ and CUDA (nvcc {nvcc_major(nvcc)}, archs {cuda_archs()})"
     else:
         args += ["-DZIPFAST_CUDA=OFF"]
-        why = "C++ only (" + ("ZIPFAST_CUDA=0" if want == "0" else "torch is a CPU build" if not cuda else
-                              "no nvcc was found" if not nvcc else f"nvcc {nvcc_major(nvcc)} does not match torch's CUDA {cuda}") + ")"
+        why = (
+            "C++ only ("
+            + (
+                "ZIPFAST_CUDA=0"
+                if want == "0"
+                else "torch is a CPU build"
+                if not cuda
+                else "no nvcc was found"
+                if not nvcc
+                else f"nvcc {nvcc_major(nvcc)} does not match torch's CUDA {cuda}"
+            )
+            + ")"
+        )
     return args, f"torch {version[0]}.{version[1]} at {torch}: {why}"
 
 
@@ -126,16 +144,32 @@ class CMakeBuild(build_ext):
         gen = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         try:
             import pybind11
+
             gen += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
             jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-            subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(tmp), *gen, *ARGS, f"-DZIPFAST_OUTPUT_DIR={out}",
-                                   f"-DZIPFAST_EMU={'ON' if env('ZIPFAST_EMU') == '1' else 'OFF'}",
-                                   f"-DPython_EXECUTABLE={sys.executable}"])
+            subprocess.check_call(
+                [
+                    "cmake",
+                    "-S",
+                    str(ROOT),
+                    "-B",
+                    str(tmp),
+                    *gen,
+                    *ARGS,
+                    f"-DZIPFAST_OUTPUT_DIR={out}",
+                    f"-DZIPFAST_EMU={'ON' if env('ZIPFAST_EMU') == '1' else 'OFF'}",
+                    f"-DPython_EXECUTABLE={sys.executable}",
+                ]
+            )
             subprocess.check_call(["cmake", "--build", str(tmp), "-j", jobs])
         except (OSError, ImportError, subprocess.CalledProcessError) as e:
             if env("ZIPFAST_NATIVE") == "1":
                 raise SystemExit(f"zipfast: the native build failed: {e}") from e
-            print(BANNER.format(f"the native build FAILED ({e}); installing the pure-torch version"), file=sys.stderr, flush=True)
+            print(
+                BANNER.format(f"the native build FAILED ({e}); installing the pure-torch version"),
+                file=sys.stderr,
+                flush=True,
+            )
 
     def get_outputs(self):
         return []
@@ -149,5 +183,7 @@ if ARGS is None:
 setup(
     ext_modules=[Extension("zipfast._C", [])] if ARGS else [],
     cmdclass={"build_ext": CMakeBuild},
-    setup_requires=["cmake>=3.20"] if ARGS and not shutil.which("cmake") else [],   # PEP 517: a dynamic build requirement
+    setup_requires=["cmake>=3.20"]
+    if ARGS and not shutil.which("cmake")
+    else [],  # PEP 517: a dynamic build requirement
 )

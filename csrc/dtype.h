@@ -88,10 +88,14 @@ struct Accumulate<double> {
 template <class F>
 inline auto dispatch(DType t, F&& f) {
   switch (t) {
-    case DType::f64: return f(static_cast<double*>(nullptr));
-    case DType::f16: return f(static_cast<Half*>(nullptr));
-    case DType::bf16: return f(static_cast<BFloat16*>(nullptr));
-    default: return f(static_cast<float*>(nullptr));
+    case DType::f64:
+      return f(static_cast<double*>(nullptr));
+    case DType::f16:
+      return f(static_cast<Half*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<BFloat16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
   }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // `_C`: facts about the build, for `zipfast info`.  Whatever is not a tensor op may be added here; no torch headers, so
-// that this per-Python module stays quick to compile.  Tensor ops live in the Python-free libraries (_cpu, _cuda, _emu).
+// that this per-Python module stays quick to compile.  Tensor ops live in the Python-free libraries (_cpu, _cuda,
+// _emu).
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;

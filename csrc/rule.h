@@ -5,9 +5,10 @@
 
 namespace zipfast::rule {
 
-// --- zip_match --------------------------------------------------------------------------------------------------------
-// The models of a group are the low 31 bits of an int; the top bit says that the slot left the pool (its group was merged
-// into another one, or alpha = 0 retired it).
+// --- zip_match
+// -------------------------------------------------------------------------------------------------------- The models
+// of a group are the low 31 bits of an int; the top bit says that the slot left the pool (its group was merged into
+// another one, or alpha = 0 retired it).
 constexpr int32_t kGone = INT32_MIN;
 
 // Bits that forbid a partner to a slot: its own exhausted models, and having left the pool.

@@ -27,11 +27,16 @@ inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : to
 // guards memory only).
 inline DType dtype_of(const char* op, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: break;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, op, ": dtype must be float32, float64, float16 or bfloat16");
 }

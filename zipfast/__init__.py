@@ -1,11 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""zipfast: the fast, exact backend for merging, ranking, souping and pruning trained networks."""
+"""zipfast: the fast, exact backend for merging, ranking, souping and pruning trained networks.
 
-from . import ops
-from .ops import _loader
-from .ops import available, backend
+>>> import zipfast
+>>> zipfast.available("torch")
+True
+"""
+
+from . import checkpoint, compat, merging, ops, zoo
+from .merging import (
+    Groups,
+    LogitEnsemble,
+    Merged,
+    Moments,
+    Plan,
+    find_spaces,
+    match,
+    match_permutation,
+    merge,
+    reestimate_batchnorm,
+)
+from .ops import _loader, available, backend
 
 _loader.load_all()
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "available", "backend", "ops"]
+__all__ = [
+    "Groups",
+    "LogitEnsemble",
+    "Merged",
+    "Moments",
+    "Plan",
+    "__version__",
+    "available",
+    "backend",
+    "checkpoint",
+    "compat",
+    "find_spaces",
+    "match",
+    "match_permutation",
+    "merge",
+    "merging",
+    "ops",
+    "reestimate_batchnorm",
+    "zoo",
+]

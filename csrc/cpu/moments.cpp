@@ -20,10 +20,10 @@ namespace {
 using cpu::Range;
 using cpu::Source;
 
-constexpr int64_t kSlots = 8;              // upper bound of the parallelism in the few-features way
-constexpr int64_t kFewFeatures = 384;      // up to here a slot's matrix and panel stay in the second-level cache
+constexpr int64_t kSlots = 8;          // upper bound of the parallelism in the few-features way
+constexpr int64_t kFewFeatures = 384;  // up to here a slot's matrix and panel stay in the second-level cache
 constexpr int64_t kPanelBytes = 512 << 10;
-constexpr int64_t kBlock = 192;            // features along a side of a block: two slices of a panel fit that cache
+constexpr int64_t kBlock = 192;  // features along a side of a block: two slices of a panel fit that cache
 constexpr int64_t kNoBadValue = INT64_MAX;
 
 // What one processor's code offers; all three are instances of the same templates.
@@ -46,23 +46,26 @@ ZF_INLINE void pack_any(DType dtype, const Source& src, const Range& range, int6
   if constexpr (sizeof(acc_t) == 8) {
     cpu::pack_sliver<S, double>(src, range, j, sliver, scratch, total);
   } else {
-    if (dtype == DType::f32) cpu::pack_sliver<S, float>(src, range, j, sliver, scratch, total);
-    else if (dtype == DType::f16) cpu::pack_sliver<S, Half>(src, range, j, sliver, scratch, total);
-    else cpu::pack_sliver<S, BFloat16>(src, range, j, sliver, scratch, total);
+    if (dtype == DType::f32)
+      cpu::pack_sliver<S, float>(src, range, j, sliver, scratch, total);
+    else if (dtype == DType::f16)
+      cpu::pack_sliver<S, Half>(src, range, j, sliver, scratch, total);
+    else
+      cpu::pack_sliver<S, BFloat16>(src, range, j, sliver, scratch, total);
   }
   for (int c = 0; c < S::kSliver; ++c) sums[c] = double(total[c]);
 }
 
-#define ZF_KERNELS(name, target, ...)                                                                              \
-  target void name##_pack(DType t, const Source& s, const Range& r, int64_t j, void* p, void* w, double* u) {      \
-    pack_any<cpu::Shape<__VA_ARGS__>>(t, s, r, j, p, w, u);                                                        \
-  }                                                                                                                \
-  target void name##_product(const void* p, int64_t n, int64_t f, int64_t i0, int64_t i1, int64_t j0, int64_t j1,  \
-                             double* c) {                                                                          \
-    using S = cpu::Shape<__VA_ARGS__>;                                                                             \
-    cpu::product_block<S>(static_cast<const S::acc_t*>(p), n, f, i0, i1, j0, j1, c);                               \
-  }                                                                                                                \
-  const Kernels name{cpu::Shape<__VA_ARGS__>::kSliver, cpu::Shape<__VA_ARGS__>::kLanes,                            \
+#define ZF_KERNELS(name, target, ...)                                                                             \
+  target void name##_pack(DType t, const Source& s, const Range& r, int64_t j, void* p, void* w, double* u) {     \
+    pack_any<cpu::Shape<__VA_ARGS__>>(t, s, r, j, p, w, u);                                                       \
+  }                                                                                                               \
+  target void name##_product(const void* p, int64_t n, int64_t f, int64_t i0, int64_t i1, int64_t j0, int64_t j1, \
+                             double* c) {                                                                         \
+    using S = cpu::Shape<__VA_ARGS__>;                                                                            \
+    cpu::product_block<S>(static_cast<const S::acc_t*>(p), n, f, i0, i1, j0, j1, c);                              \
+  }                                                                                                               \
+  const Kernels name{cpu::Shape<__VA_ARGS__>::kSliver, cpu::Shape<__VA_ARGS__>::kLanes,                           \
                      sizeof(cpu::Shape<__VA_ARGS__>::acc_t), &name##_pack, &name##_product};
 
 ZF_KERNELS(base_f32, , float, 4, 2, 4)
@@ -211,8 +214,8 @@ void by_blocks(const Kernels& k, const Space& s) {
 }
 
 void moments_cpu(const std::vector<Tensor>& comoment, const std::vector<Tensor>& total, const std::vector<Tensor>& bad,
-                 const std::vector<Tensor>& features, const std::vector<Tensor>& shift, const std::vector<int64_t>& axis,
-                 const std::vector<int64_t>& seen) {
+                 const std::vector<Tensor>& features, const std::vector<Tensor>& shift,
+                 const std::vector<int64_t>& axis, const std::vector<int64_t>& seen) {
   const size_t spaces = comoment.size();
   STD_TORCH_CHECK(spaces && total.size() == spaces && bad.size() == spaces && shift.size() == spaces &&
                       axis.size() == spaces && seen.size() == spaces && features.size() % spaces == 0,
@@ -242,8 +245,10 @@ void moments_cpu(const std::vector<Tensor>& comoment, const std::vector<Tensor>&
                   total[i].mutable_data_ptr<double>(),
                   bad[i].mutable_data_ptr<int64_t>()};
     const Kernels& k = kernels(s.dtype == DType::f64);
-    if (F <= kFewFeatures) by_slots(k, s);
-    else by_blocks(k, s);
+    if (F <= kFewFeatures)
+      by_slots(k, s);
+    else
+      by_blocks(k, s);
   }
 }
 

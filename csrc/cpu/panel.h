@@ -6,8 +6,9 @@
 // float64 matrix: tiles of kRows x P are formed in registers (float32 for float32 and half inputs) over kFlush samples,
 // then added in float64.
 //
-// Everything here is ZF_INLINE and compiled three times, into functions for AVX-512, AVX2 and the baseline (moments.cpp),
-// as the best tile differs.  Vectors are GCC's vector extension: no intrinsics, so other processors work too.
+// Everything here is ZF_INLINE and compiled three times, into functions for AVX-512, AVX2 and the baseline
+// (moments.cpp), as the best tile differs.  Vectors are GCC's vector extension: no intrinsics, so other processors work
+// too.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -177,7 +178,8 @@ ZF_INLINE void pack_sliver(const Source& src, const Range& range, int64_t j, typ
     for (int r = 0; r < L; ++r) {
       acc_t* out = rows + r * ld;
       row[r] = out;
-      if (from[r]) copy_row(from[r], slice, n_outer, n_inner, out);
+      if (from[r])
+        copy_row(from[r], slice, n_outer, n_inner, out);
       else
         for (int64_t k = 0; k < K; ++k) out[k] = 0;
       for (int64_t k = K; k < ld; ++k) out[k] = acc_t(shift[r]);  // the last block reaches over the end, by zeros
@@ -193,7 +195,8 @@ ZF_INLINE int64_t panel_stride(int64_t samples) {
   return (samples + S::kLanes - 1) / S::kLanes * S::kLanes * S::kSliver;
 }
 
-// Adds sum over samples of a[k][0 .. kRows) b[k][0 .. kWide * kLanes) to c (float64, `ldc` apart), clipped to rows x cols.
+// Adds sum over samples of a[k][0 .. kRows) b[k][0 .. kWide * kLanes) to c (float64, `ldc` apart), clipped to rows x
+// cols.
 template <class S, int kWide>
 ZF_INLINE void product_tile(const typename S::acc_t* a, const typename S::acc_t* b, int64_t samples, double* c,
                             int64_t ldc, int64_t rows, int64_t cols) {

@@ -77,9 +77,14 @@ Tensor regroup_cpu(const std::vector<Tensor>& x, const Tensor& order_, const Ten
   Tensor out = torch::stable::new_empty(x[0], shape);
   dispatch(dtype_of("regroup", x[0]), [&](auto* tag) {
     using scalar_t = std::remove_pointer_t<decltype(tag)>;
-    const Rows<scalar_t> rows{reinterpret_cast<const scalar_t* const*>(data.data()), po, ps,
+    const Rows<scalar_t> rows{reinterpret_cast<const scalar_t* const*>(data.data()),
+                              po,
+                              ps,
                               divisor ? divisor->const_data_ptr<double>() : nullptr,
-                              static_cast<scalar_t*>(out.mutable_data_ptr()), view.size, view.inner, groups};
+                              static_cast<scalar_t*>(out.mutable_data_ptr()),
+                              view.size,
+                              view.inner,
+                              groups};
     const int64_t work = groups ? std::max<int64_t>(1, view.inner * members / groups) : 1;
     torch::stable::parallel_for(0, view.outer * groups, std::max<int64_t>(1, 32768 / work),
                                 [&](int64_t b, int64_t e) { run_rows(rows, b, e); });

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // zip_match on the CPU: exact greedy matching (Stoica et al. 2024, section 4.3) with row maxima and write stamps.
 //
-// Per slot the kernel keeps an upper bound of its row (`bound`), the column where it is attained (`arg`) and whether the
-// bound may have become too large (`stale`).  Rules, each asserted in debug builds:
+// Per slot the kernel keeps an upper bound of its row (`bound`), the column where it is attained (`arg`) and whether
+// the bound may have become too large (`stale`).  Rules, each asserted in debug builds:
 //   1. bound[k] >= every allowed value of row k; equality holds, at the first such column arg[k], unless stale[k].
 //   2. Entry (r, c) lives in the row of r or c that was written later: a merge writes its row only, never its column.
 //      Before row k is read, `refresh` fetches the columns that others wrote since (each from the writer's row).
@@ -11,8 +11,8 @@
 //      budgets may be lifted later.
 // No step assumes that similarities fall: with alpha < 1 a merge raises negative ones.
 //
-// Cost: O(F^2) plus row rescans (about 2 to 5 per merge on real networks), memory one copy of the matrix.  Spaces run in
-// parallel, one thread each; within a space the order is sequential, so results do not depend on the thread count.
+// Cost: O(F^2) plus row rescans (about 2 to 5 per merge on real networks), memory one copy of the matrix.  Spaces run
+// in parallel, one thread each; within a space the order is sequential, so results do not depend on the thread count.
 #include <cassert>
 #include <cstring>
 #include <limits>
@@ -103,8 +103,10 @@ ZF_INLINE void update_bounds(const scalar_t* merged, int i, int j, const int32_t
       stale[k] = 0;
     } else if (!stale[k]) {
       if (arg[k] == i || arg[k] == j) {
-        if (w == bound[k]) arg[k] = i;
-        else stale[k] = 1;
+        if (w == bound[k])
+          arg[k] = i;
+        else
+          stale[k] = 1;
       } else if (w == bound[k] && i < arg[k]) {
         arg[k] = i;
       }
@@ -116,8 +118,18 @@ template <class scalar_t>
 class Matcher {
  public:
   explicit Matcher(const Space<scalar_t>& s)
-      : s_(s), n_(s.n), sim_(size_t(s.n) * s.n), models_(s.n), bound_(s.n), arg_(s.n, -1), stale_(s.n, 0),
-        refreshed_(s.n, 0), written_(s.n, 0), writer_(s.n + 1, -1), parent_(s.n), left_(s.models, s.budget) {
+      : s_(s),
+        n_(s.n),
+        sim_(size_t(s.n) * s.n),
+        models_(s.n),
+        bound_(s.n),
+        arg_(s.n, -1),
+        stale_(s.n, 0),
+        refreshed_(s.n, 0),
+        written_(s.n, 0),
+        writer_(s.n + 1, -1),
+        parent_(s.n),
+        left_(s.models, s.budget) {
     for (int k = 0; k < n_; ++k) {
       models_[k] = 1 << (k / (n_ / s.models));
       parent_[k] = k;
@@ -255,8 +267,10 @@ class Matcher {
     written_[i] = refreshed_[i] = time_;
     if (s_.alpha == 0) models_[i] |= rule::kGone;
     update_bounds(row(i), i, j, models_.data(), exhausted_, n_, bound_.data(), arg_.data(), stale_.data());
-    if (s_.alpha == 0) retire(i);
-    else rescan(i);
+    if (s_.alpha == 0)
+      retire(i);
+    else
+      rescan(i);
     if (shared && s_.status[rule::kLifted] == 0) charge(shared);
   }
 
@@ -300,7 +314,8 @@ ZF_MULTIVERSION void run_space(Matcher<double>& m) { m.run(); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> zip_match_cpu(const std::vector<Tensor>& sim, int64_t models,
                                                          const std::vector<int64_t>& keep,
-                                                         const std::vector<int64_t>& budget, double alpha, bool compat) {
+                                                         const std::vector<int64_t>& budget, double alpha,
+                                                         bool compat) {
   const int64_t spaces = int64_t(sim.size());
   STD_TORCH_CHECK(spaces > 0 && keep.size() == sim.size() && budget.size() == sim.size() && models > 0 && models < 32,
                   "zip_match: malformed arguments");
@@ -334,8 +349,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zip_match_cpu(const std::vector<Tenso
       }
     });
   };
-  if (dtype_of("zip_match", sim[0]) == DType::f64) run(static_cast<double*>(nullptr));
-  else run(static_cast<float*>(nullptr));
+  if (dtype_of("zip_match", sim[0]) == DType::f64)
+    run(static_cast<double*>(nullptr));
+  else
+    run(static_cast<float*>(nullptr));
   return {group, pair, value, status};
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUDA kernels: plain pointers and a stream, no torch types, implemented in the .cu files.  Arguments of
-// a list op travel by value in one struct, so that one launch serves many spaces and no descriptor is copied to the device
-// (which would break graph capture).  Kernel arguments are limited to 4 KB; the glue cuts longer lists into launches.
+// Launchers of the CUDA kernels: plain pointers and a stream, no torch types, implemented in the .cu files.  Arguments
+// of a list op travel by value in one struct, so that one launch serves many spaces and no descriptor is copied to the
+// device (which would break graph capture).  Kernel arguments are limited to 4 KB; the glue cuts longer lists into
+// launches.
 #pragma once
 #ifdef ZF_EMU
 #include "../emu/cuda_emu.h"
@@ -14,7 +15,8 @@
 
 namespace zipfast::cuda {
 
-// --- moments_ ---------------------------------------------------------------------------------------------------------
+// --- moments_
+// ---------------------------------------------------------------------------------------------------------
 constexpr int kMomentsSpaces = 16, kMomentsPointers = 96, kMomentsTile = 64;
 
 struct MomentsSpace {
@@ -44,7 +46,8 @@ inline int moments_splits(int64_t tiles, int64_t samples) {
 constexpr int64_t kMomentsPartial = kMomentsTile * kMomentsTile + kMomentsTile;
 cudaError_t moments(DType dtype, const MomentsJob& job, cudaStream_t stream);
 
-// --- regroup ----------------------------------------------------------------------------------------------------------
+// --- regroup
+// ----------------------------------------------------------------------------------------------------------
 constexpr int kRegroupPointers = 64;
 
 struct RegroupJob {
@@ -57,7 +60,8 @@ struct RegroupJob {
 };
 cudaError_t regroup(DType dtype, const RegroupJob& job, cudaStream_t stream);
 
-// --- zip_match --------------------------------------------------------------------------------------------------------
+// --- zip_match
+// --------------------------------------------------------------------------------------------------------
 constexpr int kMatchSpaces = 32;
 
 struct MatchSpace {

@@ -6,14 +6,15 @@ namespace zipfast {
 namespace {
 
 void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>& total, const std::vector<Tensor>& bad,
-                  const std::vector<Tensor>& features, const std::vector<Tensor>& shift, const std::vector<int64_t>& axis,
-                  const std::vector<int64_t>& seen) {
+                  const std::vector<Tensor>& features, const std::vector<Tensor>& shift,
+                  const std::vector<int64_t>& axis, const std::vector<int64_t>& seen) {
   const size_t spaces = comoment.size();
   STD_TORCH_CHECK(spaces && total.size() == spaces && bad.size() == spaces && shift.size() == spaces &&
                       axis.size() == spaces && seen.size() == spaces && features.size() % spaces == 0,
                   "moments_: malformed lists");
   const int models = int(features.size() / spaces);
-  STD_TORCH_CHECK(models <= cuda::kMomentsPointers, "moments_: at most ", cuda::kMomentsPointers, " models, got ", models);
+  STD_TORCH_CHECK(models <= cuda::kMomentsPointers, "moments_: at most ", cuda::kMomentsPointers, " models, got ",
+                  models);
   CudaScope scope(features[0]);
 
   std::vector<Tensor> alive;  // contiguous copies, if any, until the launch
@@ -54,7 +55,8 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
     s.pointer = job.spaces * models;
     for (int m = 0; m < models; ++m) {
       const Tensor& x = features[i * models + m];
-      STD_TORCH_CHECK(x.numel() == first.numel() && x.scalar_type() == first.scalar_type(), "moments_: malformed features");
+      STD_TORCH_CHECK(x.numel() == first.numel() && x.scalar_type() == first.scalar_type(),
+                      "moments_: malformed features");
       alive.push_back(as_contiguous(x));
       job.x[s.pointer + m] = alive.back().const_data_ptr();
     }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // moments_ on a GPU: co-moments of many spaces in one launch, straight from the feature tensors.
 //
-// A block owns one 64 x 64 tile of the upper triangle of one space and one part of the samples ("split"); tiles and splits
-// follow from the shape alone, and the parts are added in order by a second kernel, so no atomics and equal bits on every
-// run.  16 samples at a time go through shared memory, shifted and widened; a thread forms a 4 x 4 piece in registers.
-// float32 registers are flushed into float64 ones every 256 samples: products of float16 and bfloat16 are exact, and the
-// rounding of the sums stays near 1e-7.
-// Cost: S F^2 / 2 multiply-adds; every tile row reads its features once (F / 64 times in all, from the second-level cache
-// where the slab fits).  This generic path runs on every device and in the emulator.
+// A block owns one 64 x 64 tile of the upper triangle of one space and one part of the samples ("split"); tiles and
+// splits follow from the shape alone, and the parts are added in order by a second kernel, so no atomics and equal bits
+// on every run.  16 samples at a time go through shared memory, shifted and widened; a thread forms a 4 x 4 piece in
+// registers. float32 registers are flushed into float64 ones every 256 samples: products of float16 and bfloat16 are
+// exact, and the rounding of the sums stays near 1e-7. Cost: S F^2 / 2 multiply-adds; every tile row reads its features
+// once (F / 64 times in all, from the second-level cache where the slab fits).  This generic path runs on every device
+// and in the emulator.
 #include "cuda/scope.cuh"
 #include "cuda/launch.h"
 
@@ -86,33 +86,34 @@ __global__ void __launch_bounds__(kThreads) moments_tile_kernel(const MomentsJob
       const acc_t(*other)[kTile + 1] = diagonal ? a : b;
       for (int k = 0; k < kStep; ++k) {
         acc_t av[kPiece], bv[kPiece];
-ZF_UNROLL
+        ZF_UNROLL
         for (int i = 0; i < kPiece; ++i) av[i] = a[k][ty + i * kSide], bv[i] = other[k][tx + i * kSide];
-ZF_UNROLL
-        for (int i = 0; i < kPiece; ++i)
-ZF_UNROLL
-          for (int j = 0; j < kPiece; ++j) acc[i][j] += av[i] * bv[j];
+        ZF_UNROLL
+        for (int i = 0; i < kPiece; ++i) ZF_UNROLL
+        for (int j = 0; j < kPiece; ++j) acc[i][j] += av[i] * bv[j];
       }
       __syncthreads();  // the slabs may be overwritten
     }
-ZF_UNROLL
-    for (int i = 0; i < kPiece; ++i)
-ZF_UNROLL
-      for (int j = 0; j < kPiece; ++j) sum[i][j] += double(acc[i][j]);
+    ZF_UNROLL
+    for (int i = 0; i < kPiece; ++i) ZF_UNROLL
+    for (int j = 0; j < kPiece; ++j) sum[i][j] += double(acc[i][j]);
   }
 
   double* partial = s.splits > 1 ? job.partial + s.partial + local * kMomentsPartial : nullptr;
-ZF_UNROLL
-  for (int i = 0; i < kPiece; ++i)
-ZF_UNROLL
-    for (int j = 0; j < kPiece; ++j) {
-      const int r = ty + i * kSide, c = tx + j * kSide;
-      if (partial) partial[r * kTile + c] = sum[i][j];
-      else if (row0 + r <= col0 + c && col0 + c < features) s.comoment[(row0 + r) * features + col0 + c] += sum[i][j];
-    }
+  ZF_UNROLL
+  for (int i = 0; i < kPiece; ++i) ZF_UNROLL
+  for (int j = 0; j < kPiece; ++j) {
+    const int r = ty + i * kSide, c = tx + j * kSide;
+    if (partial)
+      partial[r * kTile + c] = sum[i][j];
+    else if (row0 + r <= col0 + c && col0 + c < features)
+      s.comoment[(row0 + r) * features + col0 + c] += sum[i][j];
+  }
   if (diagonal && threadIdx.x < kTile && row0 + threadIdx.x < features) {
-    if (partial) partial[kTile * kTile + threadIdx.x] = total;
-    else s.total[row0 + threadIdx.x] += total;
+    if (partial)
+      partial[kTile * kTile + threadIdx.x] = total;
+    else
+      s.total[row0 + threadIdx.x] += total;
   }
 }
 
@@ -132,8 +133,10 @@ __global__ void __launch_bounds__(kThreads) moments_reduce_kernel(const MomentsJ
         for (int p = 0; p < s.splits; ++p) sum += partial[p * kMomentsPartial + e];
         const int64_t row = row0 + (e < kTile * kTile ? e / kTile : e - kTile * kTile), col = col0 + e % kTile;
         if (row >= features) continue;
-        if (e >= kTile * kTile) s.total[row] += sum;
-        else if (row <= col && col < features) s.comoment[row * features + col] += sum;
+        if (e >= kTile * kTile)
+          s.total[row] += sum;
+        else if (row <= col && col < features)
+          s.comoment[row * features + col] += sum;
       }
     }
   }

@@ -17,11 +17,11 @@
 #define ZF_UNPAREN(...) __VA_ARGS__
 #define ZF_LAUNCH(kernel, grid, block, smem, stream, ...) ZF_UNPAREN kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
 // All blocks resident at once, so that grid.sync() may be called.  One argument, passed by value.
-#define ZF_LAUNCH_COOP(kernel, grid, block, smem, stream, argument)                                              \
-  do {                                                                                                           \
-    void* zf_arguments_[] = {const_cast<void*>(static_cast<const void*>(&(argument)))};                          \
+#define ZF_LAUNCH_COOP(kernel, grid, block, smem, stream, argument)                                               \
+  do {                                                                                                            \
+    void* zf_arguments_[] = {const_cast<void*>(static_cast<const void*>(&(argument)))};                           \
     (void)cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&ZF_UNPAREN kernel), dim3(grid), dim3(block), \
-                                      zf_arguments_, smem, stream);                                              \
+                                      zf_arguments_, smem, stream);                                               \
   } while (0)
 #endif
 #include <cstdint>
@@ -30,7 +30,8 @@ namespace zipfast::cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// An edge of the similarity graph as the matcher orders them: larger value first, then smaller row, then smaller column.
+// An edge of the similarity graph as the matcher orders them: larger value first, then smaller row, then smaller
+// column.
 template <class scalar_t>
 struct Edge {
   scalar_t value;

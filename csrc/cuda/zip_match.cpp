@@ -8,7 +8,8 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> zip_match_cuda(const std::vector<Tensor>& sim, int64_t models,
                                                           const std::vector<int64_t>& keep,
-                                                          const std::vector<int64_t>& budget, double alpha, bool compat) {
+                                                          const std::vector<int64_t>& budget, double alpha,
+                                                          bool compat) {
   const int64_t spaces = int64_t(sim.size());
   STD_TORCH_CHECK(spaces > 0 && keep.size() == sim.size() && budget.size() == sim.size() && models > 0 && models < 32,
                   "zip_match: malformed arguments");

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // zip_match on a GPU: rounds of reciprocal nearest neighbours, exact to the last tie (Stoica et al. 2024, section 4.3).
 //
-// Edges are ordered by value (descending), then row, then column.  Why a round may merge every pair that is first in both
-// of its rows: while values are positive, alpha <= 1 and forbidden pairs only multiply, (1) no edge ever rises, (2) rounding
-// is monotone, so disjoint merges give the same bits in any order, (3) such a pair stays first in both rows until it is
-// executed, so the sequential greedy executes it at this very value, and (4) greedy's keys strictly fall: the executed
-// merges, sorted by key, are its sequence.  A round-loop ends once `need` executed merges precede the best open edge, or
-// no positive edge is left.
+// Edges are ordered by value (descending), then row, then column.  Why a round may merge every pair that is first in
+// both of its rows: while values are positive, alpha <= 1 and forbidden pairs only multiply, (1) no edge ever rises,
+// (2) rounding is monotone, so disjoint merges give the same bits in any order, (3) such a pair stays first in both
+// rows until it is executed, so the sequential greedy executes it at this very value, and (4) greedy's keys strictly
+// fall: the executed merges, sorted by key, are its sequence.  A round-loop ends once `need` executed merges precede
+// the best open edge, or no positive edge is left.
 //
-// Budgets forbid pairs from one merge on, so the work goes in phases: run rounds, sort, find the first merge that exhausts
-// a model, restore the phase's start, replay the merges before it, forbid, go on (at most M + 1 phases).  Values <= 0
-// break (1): one block finishes them sequentially, from the same state.
+// Budgets forbid pairs from one merge on, so the work goes in phases: run rounds, sort, find the first merge that
+// exhausts a model, restore the phase's start, replay the merges before it, forbid, go on (at most M + 1 phases).
+// Values <= 0 break (1): one block finishes them sequentially, from the same state.
 //
-// One cooperative launch serves all spaces, one after the other, with every block working on each.  Decisions that steer
-// the loops are computed by every block from the same data, which is not written again before the next grid barrier.
-// Cost: 5 to 40 rounds on real networks, each reading the invalid rows once; memory two copies of the largest matrix.
+// One cooperative launch serves all spaces, one after the other, with every block working on each.  Decisions that
+// steer the loops are computed by every block from the same data, which is not written again before the next grid
+// barrier. Cost: 5 to 40 rounds on real networks, each reading the invalid rows once; memory two copies of the largest
+// matrix.
 #include "cuda/scope.cuh"
 #include "cuda/launch.h"
 #include "rule.h"
@@ -74,9 +75,16 @@ template <class scalar_t>
 class Matcher {
  public:
   __device__ Matcher(const MatchJob& job, const MatchSpace& space, Edge<scalar_t>* scratch)
-      : n_(space.n), merges_(space.n - space.keep), models_(job.models), alpha_(scalar_t(job.alpha)),
-        compat_(job.compat), s_(space), w_(carve<scalar_t>(job.scratch, job.largest)), scratch_(scratch),
-        thread_(blockIdx.x * kThreads + threadIdx.x), threads_(gridDim.x * kThreads) {}
+      : n_(space.n),
+        merges_(space.n - space.keep),
+        models_(job.models),
+        alpha_(scalar_t(job.alpha)),
+        compat_(job.compat),
+        s_(space),
+        w_(carve<scalar_t>(job.scratch, job.largest)),
+        scratch_(scratch),
+        thread_(blockIdx.x * kThreads + threadIdx.x),
+        threads_(gridDim.x * kThreads) {}
 
   __device__ void run() {
     if (!start()) return;
@@ -162,7 +170,8 @@ class Matcher {
       const int i = int(e / n_), j = int(e % n_);
       const scalar_t v = i == j ? none() : in[e];
       w_.sim[e] = v;
-      if (v != v) atomicMin(reinterpret_cast<long long*>(s_.status + rule::kNanAt), (long long)e);
+      if (v != v)
+        atomicMin(reinterpret_cast<long long*>(s_.status + rule::kNanAt), (long long)e);
       else if (i < j && v != in[int64_t(j) * n_ + i])
         atomicMin(reinterpret_cast<long long*>(s_.status + rule::kAsymmetricAt), (long long)e);
     }
@@ -444,7 +453,8 @@ cudaError_t launch(const MatchJob& job, cudaStream_t stream) {
   if (e == cudaSuccess)
     e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, zip_match_kernel<scalar_t>, kThreads, 0);
   if (e != cudaSuccess) return e;
-  const int resident = processors * (per_processor < 2 ? per_processor : 2), useful = (job.largest + kWarps - 1) / kWarps;
+  const int resident = processors * (per_processor < 2 ? per_processor : 2),
+            useful = (job.largest + kWarps - 1) / kWarps;
   unsigned blocks = unsigned(resident < useful ? resident : useful);
 #endif
   ZF_LAUNCH_COOP((zip_match_kernel<scalar_t>), blocks, unsigned(kThreads), 0, stream, job);

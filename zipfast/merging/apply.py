@@ -35,9 +35,7 @@ class _AxisGroups:
         return order.to(device), start.to(device)
 
 
-def apply_groups(
-    plan: Plan, groups: Mapping[str, Groups], states: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
+def apply_groups(plan: Plan, groups: Mapping[str, Groups], states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Merge M state dicts into one.
 
     Args:
@@ -108,9 +106,7 @@ def _merge_tensor(name: str, tensors: list[Tensor], uses: list[tuple[Use, Groups
         if axis in output:
             continue
         axis_groups = _axis_groups(first.shape[axis], len(tensors), entries)
-        tensors = [
-            regroup([t], *axis_groups.members([m], first.device), None, axis) for m, t in enumerate(tensors)
-        ]
+        tensors = [regroup([t], *axis_groups.members([m], first.device), None, axis) for m, t in enumerate(tensors)]
     if first.dim() == 0:
         return torch.stack(tensors).double().mean(0).to(first.dtype)
     axis = output[0] if output else 0

@@ -10,6 +10,7 @@ over batches and workers; differently shifted ones are rebased in float64.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,22 @@ from ..ops.moments import NO_BAD_VALUE, moments_
 FORMAT = "zipfast.moments/1"
 SHIFT_SAMPLES = 16384  # of the first batch, to choose the shift by
 RELATIVE_FLOOR = 2.0**-18  # a standard deviation below this part of the mean is rounding, not signal
+
+
+@dataclass
+class _Sums:
+    """What the kernel adds to; sums are of x - shift."""
+
+    shift: Tensor  # [F] float64, each value exact in bfloat16
+    total: Tensor  # [F] float64
+    comoment: Tensor  # [F, F] float64, upper triangle
+    bad: Tensor  # [M] int64, see ops.moments
+
+    @staticmethod
+    def zeros(shift: Tensor, models: int) -> _Sums:
+        stacked = shift.shape[0]
+        bad = torch.full((models,), NO_BAD_VALUE, dtype=torch.int64, device=shift.device)
+        return _Sums(shift, shift.new_zeros(stacked), shift.new_zeros(stacked, stacked), bad)
 
 
 class Moments:
@@ -48,16 +65,13 @@ class Moments:
             raise ValueError(f"Moments: 'models' must be at least 1, got {models}")
         self.models, self.name = models, name
         self.count = 0
-        self._shift: Tensor | None = None  # [F] float64, each value exact in bfloat16
-        self._total: Tensor | None = None  # [F] sum of x - shift
-        self._comoment: Tensor | None = None  # [F, F] upper triangle of the sum of (x - shift)(x - shift)^T
-        self._bad: Tensor | None = None  # [M], see ops.moments
+        self._sums: _Sums | None = None  # until the first batch gives sizes and shift
 
     def like(self) -> Moments:
         """An empty accumulator with the same shift, for another worker."""
         other = Moments(self.models, name=self.name)
-        if self._shift is not None:
-            other._allocate(self._shift)
+        if self._sums is not None:
+            other._sums = _Sums.zeros(self._sums.shift, self.models)
         return other
 
     def update(self, *features: Tensor, axis: int = 1) -> Moments:
@@ -86,33 +100,33 @@ class Moments:
                 f"Moments.merge: 'other' must have {self.models} models and {self.features} stacked features, "
                 f"got {other.models} and {other.features}"
             )
-        first, second = (self, other) if self._shift is not None else (other, self)
+        first, second = (self, other) if self._sums is not None else (other, self)
         result = first.like()
-        if first._shift is None:
+        if first._sums is None or result._sums is None:
             return result
         result.count = first.count + second.count
-        result._total.copy_(first._total)  # type: ignore[union-attr, arg-type]
-        result._comoment.copy_(first._comoment)  # type: ignore[union-attr, arg-type]
-        result._bad.copy_(first._bad)  # type: ignore[union-attr, arg-type]
-        if second._shift is not None:
-            delta = second._shift.to(first._shift.device) - first._shift  # x - c1 = (x - c2) + delta
-            total = second._total.to(delta.device)  # type: ignore[union-attr]
-            cross = torch.outer(delta, total)
-            result._total += total + second.count * delta
-            result._comoment += second._comoment.to(delta.device)  # type: ignore[union-attr]
-            result._comoment += cross + cross.T + second.count * torch.outer(delta, delta)
-            result._bad = torch.minimum(result._bad, second._bad.to(delta.device))  # type: ignore[union-attr, arg-type]
+        sums, mine, theirs = result._sums, first._sums, second._sums
+        sums.total += mine.total
+        sums.comoment += mine.comoment
+        sums.bad = mine.bad.clone()
+        if theirs is not None:
+            device = mine.shift.device
+            delta, total = theirs.shift.to(device) - mine.shift, theirs.total.to(device)
+            cross = torch.outer(delta, total)  # x - c1 = (x - c2) + delta
+            sums.total += total + second.count * delta
+            sums.comoment += theirs.comoment.to(device) + cross + cross.T + second.count * torch.outer(delta, delta)
+            sums.bad = torch.minimum(sums.bad, theirs.bad.to(device))
         return result
 
     @property
     def features(self) -> int:
         """F = M·D, stacked; 0 before the first batch."""
-        return 0 if self._shift is None else self._shift.shape[0]
+        return 0 if self._sums is None else self._sums.shift.shape[0]
 
     def mean(self) -> Tensor:
         """Mean of each stacked feature, float64 [F]."""
-        self._require(1)
-        return self._shift + self._total / self.count  # type: ignore[operator]
+        sums = self._require(1)
+        return sums.shift + sums.total / self.count
 
     def covariance(self) -> Tensor:
         """Biased covariance (divided by the count), float64 [F, F], symmetric to the bit; no variance is negative.
@@ -120,10 +134,10 @@ class Moments:
         Raises:
             ValueError: no sample yet, or a feature that is not finite.
         """
-        self._require(1)
-        mean = self._total / self.count  # type: ignore[operator]
-        upper = torch.triu(self._comoment / self.count - torch.outer(mean, mean), 1)  # type: ignore[operator]
-        variance = (self._comoment.diagonal() / self.count - mean * mean).clamp(min=0)  # type: ignore[union-attr]
+        sums = self._require(1)
+        mean = sums.total / self.count
+        upper = torch.triu(sums.comoment / self.count - torch.outer(mean, mean), 1)
+        variance = (sums.comoment.diagonal() / self.count - mean * mean).clamp(min=0)
         return upper + upper.T + torch.diag(variance)
 
     def correlation(self, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -136,11 +150,13 @@ class Moments:
             ValueError: fewer than two samples; a feature that is not finite (model, sample and feature are named);
                 every feature dead.
         """
-        self._require(2)
+        sums = self._require(2)
         covariance, mean = self.covariance(), self.mean()
         if not bool(torch.isfinite(covariance).all()):
-            raise ValueError(f"Moments: the features of space '{self.name}' are too large for their squares to be summed")
-        scale = torch.maximum(mean.abs(), self._shift.abs())  # type: ignore[union-attr]
+            raise ValueError(
+                f"Moments: the features of space '{self.name}' are too large for their squares to be summed"
+            )
+        scale = torch.maximum(mean.abs(), sums.shift.abs())
         alive = covariance.diagonal() > (RELATIVE_FLOOR * scale) ** 2 + 1e-30
         if not bool(alive.any()):
             raise ValueError(
@@ -156,9 +172,9 @@ class Moments:
         Raises:
             ValueError: a feature is NaN or infinite; names space, model, sample and feature.
         """
-        if self._bad is None:
+        if self._sums is None:
             return
-        for model, place in enumerate(self._bad.tolist()):
+        for model, place in enumerate(self._sums.bad.tolist()):
             if place != NO_BAD_VALUE:
                 sample, feature = divmod(place, self.features // self.models)
                 raise ValueError(
@@ -169,9 +185,7 @@ class Moments:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and numbers; :meth:`from_state_dict` restores an equal accumulator."""
         state: dict[str, Any] = {"format": FORMAT, "models": self.models, "name": self.name, "count": self.count}
-        if self._shift is not None:
-            state |= {"shift": self._shift, "total": self._total, "comoment": self._comoment, "bad": self._bad}
-        return state
+        return state if self._sums is None else state | vars(self._sums)
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> Moments:
@@ -180,44 +194,38 @@ class Moments:
         moments = Moments(state["models"], name=state["name"])
         moments.count = state["count"]
         if "shift" in state:
-            moments._shift, moments._total, moments._comoment, moments._bad = (
-                state[key].clone() for key in ("shift", "total", "comoment", "bad")
-            )
+            moments._sums = _Sums(*(state[key].clone() for key in ("shift", "total", "comoment", "bad")))
         return moments
 
-    def _require(self, samples: int) -> None:
-        if self.count < samples:
+    def _require(self, samples: int) -> _Sums:
+        if self._sums is None or self.count < samples:
             raise ValueError(
                 f"Moments: space '{self.name}' must have seen at least {samples} sample{'s' if samples > 1 else ''}, "
                 f"got {self.count}"
             )
         self.check_finite()
-
-    def _allocate(self, shift: Tensor) -> None:
-        stacked, device = shift.shape[0], shift.device
-        self._shift = shift
-        self._total = torch.zeros(stacked, dtype=torch.float64, device=device)
-        self._comoment = torch.zeros(stacked, stacked, dtype=torch.float64, device=device)
-        self._bad = torch.full((self.models,), NO_BAD_VALUE, dtype=torch.int64, device=device)
+        return self._sums
 
 
 def update_all(moments: Sequence[Moments], features: Sequence[Sequence[Tensor]], axes: Sequence[int]) -> None:
     """Add one batch to many spaces in one call of the kernel: ``features[s]`` are the M tensors of space s."""
     flat: list[Tensor] = []
     axis_of: list[int] = []
+    sums: list[_Sums] = []
     with torch.no_grad():
         for space, own, axis in zip(moments, features, axes):
             tensors, axis = _as_stored(space, own, axis)
-            if space._shift is None:
-                space._allocate(_choose_shift(tensors, axis))
+            if space._sums is None:
+                space._sums = _Sums.zeros(_choose_shift(tensors, axis), space.models)
+            sums.append(space._sums)
             flat += tensors
             axis_of.append(axis)
         moments_(
-            [m._comoment for m in moments],
-            [m._total for m in moments],
-            [m._bad for m in moments],
+            [s.comoment for s in sums],
+            [s.total for s in sums],
+            [s.bad for s in sums],
             flat,
-            [m._shift for m in moments],
+            [s.shift for s in sums],
             axis_of,
             [m.count for m in moments],
         )
@@ -242,7 +250,7 @@ def _as_stored(space: Moments, features: Sequence[Tensor], axis: int) -> tuple[l
                 f"Moments: the models must agree on the features of space '{space.name}', "
                 f"got {list(first.shape)} in model 0 and {list(x.shape)} in model {m}"
             )
-    if space._shift is not None and space.features != space.models * first.shape[axis]:
+    if space._sums is not None and space.features != space.models * first.shape[axis]:
         raise ValueError(
             f"Moments: space '{space.name}' must have {space.features // space.models} features per model, "
             f"got {first.shape[axis]}"

@@ -34,7 +34,9 @@ def check_same(op: str, name: str, tensors: Sequence[Tensor], first: Tensor | No
     first = tensors[0] if first is None else first
     for i, t in enumerate(tensors):
         if t.dtype != first.dtype:
-            raise TypeError(f"{op}: '{name}[{i}]' must be {words([first.dtype])} as the first one, got {words([t.dtype])}")
+            raise TypeError(
+                f"{op}: '{name}[{i}]' must be {words([first.dtype])} as the first one, got {words([t.dtype])}"
+            )
         check_device(op, f"{name}[{i}]", t, first.device)
 
 

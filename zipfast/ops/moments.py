@@ -129,7 +129,9 @@ def moments_(
 def _first_bad(x: Tensor, seen: int) -> Tensor:
     """``(seen + sample)·D + feature`` of the first value of [D, samples] that is not finite, sample by sample."""
     size, samples = x.shape
-    place = (torch.arange(samples, device=x.device)[None, :] + seen) * size + torch.arange(size, device=x.device)[:, None]
+    place = (torch.arange(samples, device=x.device)[None, :] + seen) * size + torch.arange(size, device=x.device)[
+        :, None
+    ]
     none = torch.full((), NO_BAD_VALUE, dtype=torch.int64, device=x.device)
     if math.prod(x.shape) == 0:
         return none

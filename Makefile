@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo | test | check | bench | gpu.  Each is the one command needed on a fresh machine: an environment is made in
+# .venv when none is active, and torch is installed only where there is none.
+BASE_PYTHON ?= python3
+ifneq ($(strip $(VIRTUAL_ENV)),)
+  ENV := $(VIRTUAL_ENV)
+else ifneq ($(strip $(CONDA_PREFIX)),)
+  ENV := $(CONDA_PREFIX)
+else
+  ENV := $(CURDIR)/.venv
+endif
+PYTHON := $(ENV)/bin/python
+RESULTS ?= benches/results
+PYTEST_ARGS ?=
+
+.PHONY: help demo test slow check bench gpu native clean
+help:
+	@echo "make demo   train two small networks, merge them, show the result (about a minute)"
+	@echo "make test   the test suite on every backend this machine has (no GPU or CUDA toolkit needed)"
+	@echo "make slow   the tests that take minutes"
+	@echo "make check  CUDA compiled and audited, sanitizers, race check, linters (needs nvcc)"
+	@echo "make bench  speed against the peers, into benches/results and docs/benchmarks.md"
+	@echo "make gpu    everything that needs an NVIDIA GPU; no network needed"
+
+# --system-site-packages: a torch that is there already serves, whatever its build
+$(ENV)/bin/python:
+	$(BASE_PYTHON) -m venv --system-site-packages $(ENV)
+
+$(ENV)/.zipfast-%: pyproject.toml setup.py CMakeLists.txt | $(ENV)/bin/python
+	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install -q torch==2.13.0
+	ZIPFAST_EMU=$(if $(filter demo,$*),0,1) $(PYTHON) -m pip install -q -e '.[$*]'
+	@touch $@
+
+demo: $(ENV)/.zipfast-demo
+	$(PYTHON) -m zipfast demo
+
+# an edit of csrc is compiled again before the tests see it
+native: $(ENV)/.zipfast-test
+	@ZIPFAST_EMU=1 $(PYTHON) setup.py -q build_ext --inplace > build/native.log 2>&1 || { cat build/native.log; exit 1; }
+
+test: native
+	$(PYTHON) -m pytest -q -p no:cacheprovider tests zipfast --doctest-modules $(PYTEST_ARGS)
+
+slow: native
+	$(PYTHON) -m pytest -q -m slow tests $(PYTEST_ARGS)
+
+check: $(ENV)/.zipfast-test $(ENV)/.zipfast-check
+	$(PYTHON) tests/check/check.py
+
+bench: native
+	PYTHONPATH=. RESULTS=$(RESULTS) $(PYTHON) -m pytest -q benches
+	PYTHONPATH=. RESULTS=$(RESULTS) $(PYTHON) benches/report.py
+
+# No environment and no network: the machine's own torch, nvcc, cmake, ninja and pybind11.
+gpu:
+	ZIPFAST_NATIVE=1 ZIPFAST_CUDA=1 $(BASE_PYTHON) setup.py build_ext --inplace
+	PYTHONPATH=. RESULTS=$(RESULTS) $(BASE_PYTHON) benches/gpu.py
+
+clean:
+	rm -rf build dist *.egg-info zipfast/*.so .pytest_cache

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make check`: what a test suite cannot see. Each step alone: ``python tests/check/check.py STEP ...``.
+
+lint       ruff, mypy, clang-format
+cuda       every .cu compiled for all architectures, warnings and register spills are errors; registers are printed
+load       the CUDA library loads under a torch without CUDA and has a kernel for each op
+symbols    the libraries use torch's stable ABI only, and no Python
+install    a machine without a compiler gets a pure wheel, and the package warns once and works
+seeds      the emulated CUDA kernels under several schedules
+sanitize   C++ kernels under address and undefined-behaviour sanitizers, with assertions on
+races      CUDA kernels on the emulator under the thread sanitizer
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "check"
+BAD_SYMBOL = re.compile(r"_ZNK?(2at|3c10|5torch)| Py[A-Z_]")
+SPILLS = "-Xptxas=--warn-on-spills,--warning-as-error"
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path = ROOT) -> str:
+    """Run a command; its output, or SystemExit with the end of it."""
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**os.environ, **(env or {})}, text=True, capture_output=True
+    )
+    output = done.stdout + done.stderr
+    if done.returncode:
+        raise SystemExit(f"{output[-6000:]}\nfailed ({done.returncode}): {' '.join(map(str, command))}")
+    return output
+
+
+def tool(name: str) -> str:
+    """A program of this environment, or of the machine."""
+    for folder in (Path(sys.executable).parent, None):
+        found = shutil.which(name, path=str(folder) if folder else None)
+        if found:
+            return found
+    raise SystemExit(f"{name} is not installed; pip install 'zipfast[check]' brings the linters, nvcc comes with CUDA")
+
+
+def build(folder: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
+    """A copy of the package with libraries of its own, built with these options; the copy's folder."""
+    place = BUILD / folder
+    shutil.rmtree(place / "zipfast", ignore_errors=True)
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "zipfast", place / "zipfast", ignore=ignore)
+    run(
+        tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", place / "build", f"-DZIPFAST_OUTPUT_DIR={place / 'zipfast'}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", "-DZIPFAST_WERROR=ON", *options,
+    )  # fmt: skip
+    log = run(tool("cmake"), "--build", place / "build", *[f"--target={t}" for t in targets])
+    (place / "build.log").write_text(log)
+    return place
+
+
+def pytest(place: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    settings = {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
+    output = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, env=settings)
+    print("   ", output.strip().splitlines()[-1])
+
+
+def lint() -> None:
+    run(tool("ruff"), "check", ".")
+    run(tool("ruff"), "format", "--check", ".")
+    run(tool("mypy"))
+    sources = [str(p) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    run(tool("clang-format"), "--dry-run", "-Werror", *sources)
+
+
+def cuda() -> Path:
+    place = build("cuda", "-DZIPFAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={tool('nvcc')}", f"-DCMAKE_CUDA_FLAGS={SPILLS}")
+    log = (place / "build.log").read_text()
+    used = re.findall(
+        r"entry function '(\S+)' for 'sm_90'.*?Used (\d+) registers.*?(?:(\d+) bytes smem)?$", log, re.S | re.M
+    )
+    for name, registers, shared in sorted(set(used)):
+        kernel = re.search(r"\d+([a-z_]+_kernel)(\S*)", name)
+        print(f"    {kernel[1] if kernel else name}: {registers} registers, {shared or 0} bytes shared (sm_90)")
+    return place
+
+
+def load() -> None:
+    place = BUILD / "cuda"
+    if not (place / "zipfast" / "_cuda.so").exists():
+        cuda()
+    code = (
+        "import torch, zipfast\n"
+        "from zipfast.ops import OPS\n"
+        "missing = [n for n, op in OPS.items() if not op.has('cuda')]\n"
+        "assert not missing, f'no CUDA kernel registered for {missing}'\n"
+        "print(len(OPS), 'ops have a CUDA kernel')"
+    )
+    print(
+        "   ",
+        run(sys.executable, "-c", code, env={"PYTHONPATH": str(place), "ZIPFAST_LOAD_CUDA": "1"}, cwd=place).strip(),
+    )
+
+
+def symbols() -> None:
+    for name in ("_cpu.so", "_cuda.so"):
+        undefined = run("nm", "-D", "--undefined-only", BUILD / "cuda" / "zipfast" / name).splitlines()
+        bad = [line.strip() for line in undefined if BAD_SYMBOL.search(line)]
+        if bad:
+            raise SystemExit(f"{name} must use the stable ABI only, got {bad[:5]}")
+        print(f"    {name}: {len(undefined)} undefined symbols, none of ATen, c10 or Python")
+
+
+def install() -> None:
+    wheels = BUILD / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    # No compiler: a PATH with nothing but the interpreter.
+    env = {"PATH": str(Path(sys.executable).parent), "CXX": ""}
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ".", env=env)
+    wheel = next(wheels.glob("*.whl"))
+    if not wheel.name.endswith("py3-none-any.whl"):
+        raise SystemExit(f"without a compiler the wheel must be pure, got {wheel.name}")
+    place = BUILD / "pure"
+    shutil.rmtree(place, ignore_errors=True)
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", place, wheel)
+    code = (
+        "import warnings, torch\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import zipfast\n"
+        "assert len(seen) == 1 and 'pure-torch' in str(seen[0].message), [str(w.message) for w in seen]\n"
+        "assert zipfast.match(torch.eye(4)).keep == 2\n"
+        "print('pure install: one warning, and it works')"
+    )
+    print("   ", run(sys.executable, "-c", code, env={"PYTHONPATH": str(place)}, cwd=place).strip())
+
+
+def seeds() -> None:
+    place = build("emu", "-DZIPFAST_EMU=ON")
+    for seed in range(4):
+        pytest(place, "tests/ops", "-k", "emu", env={"CUDA_EMU_SEED": str(seed), "ZIPFAST_REQUIRE": "emu"})
+
+
+def sanitize() -> None:
+    # No NDEBUG: the numbered rules of the kernels are asserted.
+    place = build("asan", "-DZIPFAST_EMU=ON", "-DZIPFAST_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Check",
+                  "-DCMAKE_CXX_FLAGS=-O1")  # fmt: skip
+    libraries = [run("g++", f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
+    env = {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+    pytest(place, "tests/ops", "-k", "cpu", env={**env, "ZIPFAST_REQUIRE": "cpu"})
+    pytest(place, "tests/ops", "-k", "emu and small", env={**env, "ZIPFAST_REQUIRE": "emu"})
+
+
+def races() -> None:
+    place = build("tsan", "-DZIPFAST_EMU=ON", "-DZIPFAST_SANITIZE=thread", targets=("emu", "cpu"))
+    library = run("g++", "-print-file-name=libtsan.so").strip()
+    # One torch thread: torch's own OpenMP is not built for the sanitizer; the emulator's threads are.
+    env = {"LD_PRELOAD": library, "TSAN_OPTIONS": "halt_on_error=1", "OMP_NUM_THREADS": "1", "ZIPFAST_REQUIRE": "emu"}
+    pytest(place, "-s", "tests/ops", "-k", "emu and small", env=env)
+
+
+STEPS: dict[str, Callable[[], object]] = {
+    f.__name__: f for f in (lint, cuda, load, symbols, install, seeds, sanitize, races)
+}
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or list(STEPS)
+    unknown = [w for w in wanted if w not in STEPS]
+    if unknown:
+        raise SystemExit(f"unknown step {unknown[0]!r}; there are {', '.join(STEPS)}")
+    for name in wanted:
+        start = time.perf_counter()
+        print(f"check {name}", flush=True)
+        STEPS[name]()
+        print(f"    ok, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{len(wanted)} passed, 0 failed")
+
+
+if __name__ == "__main__":
+    main()
