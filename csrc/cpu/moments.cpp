@@ -40,20 +40,18 @@ template <class S>
 ZF_INLINE void pack_any(DType dtype, const Source& src, const Range& range, int64_t j, void* panel, void* rows,
                         double* sums) {
   using acc_t = typename S::acc_t;
-  acc_t total[S::kSliver];
   acc_t* sliver = static_cast<acc_t*>(panel) + j * cpu::panel_stride<S>(range.samples());
   acc_t* scratch = static_cast<acc_t*>(rows);
   if constexpr (sizeof(acc_t) == 8) {
-    cpu::pack_sliver<S, double>(src, range, j, sliver, scratch, total);
+    cpu::pack_sliver<S, double>(src, range, j, sliver, scratch, sums);
   } else {
     if (dtype == DType::f32)
-      cpu::pack_sliver<S, float>(src, range, j, sliver, scratch, total);
+      cpu::pack_sliver<S, float>(src, range, j, sliver, scratch, sums);
     else if (dtype == DType::f16)
-      cpu::pack_sliver<S, Half>(src, range, j, sliver, scratch, total);
+      cpu::pack_sliver<S, Half>(src, range, j, sliver, scratch, sums);
     else
-      cpu::pack_sliver<S, BFloat16>(src, range, j, sliver, scratch, total);
+      cpu::pack_sliver<S, BFloat16>(src, range, j, sliver, scratch, sums);
   }
-  for (int c = 0; c < S::kSliver; ++c) sums[c] = double(total[c]);
 }
 
 #define ZF_KERNELS(name, target, ...)                                                                             \

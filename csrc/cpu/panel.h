@@ -24,6 +24,7 @@
 namespace zipfast::cpu {
 
 constexpr int64_t kMaxPanel = 1024;  // samples packed at a time
+constexpr int64_t kShortSum = 16;    // features summed in float32 before the float64 sum takes over
 constexpr int64_t kFlush = 256;      // products summed in registers, in float32, before the float64 sum takes over
 
 // Features of one space as they lie in memory: M tensors [outer, size, inner], stacked to F = M * size rows.
@@ -61,11 +62,12 @@ struct Shape {
   static ZF_INLINE int64_t slivers(int64_t features) { return (features + kSliver - 1) / kSliver; }
 };
 
-// kLanes rows -> columns: dst[k * stride + r] = row[r][at + k] - shift[r] for kLanes samples; adds the columns to *sum.
+// kLanes rows -> columns: dst[k * stride + r] = row[r][at + k] - shift[r] for kLanes samples; adds each row's sum to
+// sums[r]: kLanes terms in the working type, then float64, as means must be better than what is subtracted from them.
 // A perfect-shuffle network: log2(kLanes) rounds of interleaving rows i and i + kLanes / 2.
 template <class S>
 ZF_INLINE void transpose_block(const typename S::acc_t* const* row, int64_t at, const typename S::vec& shift,
-                               typename S::acc_t* dst, int64_t stride, typename S::vec* sum) {
+                               typename S::acc_t* dst, int64_t stride, double* sums) {
   using vec = typename S::vec;
   using loose = typename S::loose;
   constexpr int L = S::kLanes, H = L / 2;
@@ -95,12 +97,17 @@ ZF_INLINE void transpose_block(const typename S::acc_t* const* row, int64_t at, 
 #pragma GCC unroll 16
     for (int r = 0; r < L; ++r) a[r] = b[r];
   }
+  vec total = {};
 #pragma GCC unroll 16
   for (int r = 0; r < L; ++r) {
     a[r] -= shift;
     *reinterpret_cast<vec*>(dst + r * stride) = a[r];
-    *sum += a[r];
+    total += a[r];
   }
+  typename S::acc_t lane[L];
+  std::memcpy(lane, &total, sizeof lane);
+#pragma omp simd
+  for (int r = 0; r < L; ++r) sums[r] += lane[r];
 }
 
 // One feature's samples of a range, widened, contiguous.
@@ -118,15 +125,15 @@ ZF_INLINE void copy_row(const scalar_t* x, int64_t slice, int64_t n_outer, int64
 // kLanes * kMaxPanel.
 template <class S, class scalar_t>
 ZF_INLINE void pack_sliver(const Source& src, const Range& range, int64_t j, typename S::acc_t* sliver,
-                           typename S::acc_t* rows, typename S::acc_t* sums) {
+                           typename S::acc_t* rows, double* sums) {
   using acc_t = typename S::acc_t;
   using vec = typename S::vec;
   constexpr int P = S::kSliver, L = S::kLanes;
   const int64_t F = src.features(), K = range.samples(), n_outer = range.outer1 - range.outer0,
                 n_inner = range.inner1 - range.inner0;
   const auto* const* x = reinterpret_cast<const scalar_t* const*>(src.x);
+  for (int c = 0; c < P; ++c) sums[c] = 0;
   if (src.inner == 1) {  // tokens: features lie side by side already
-    for (int c = 0; c < P; ++c) sums[c] = 0;
     for (int64_t c0 = 0; c0 < P;) {
       const int64_t f = j * P + c0;
       if (f >= F) {
@@ -135,25 +142,30 @@ ZF_INLINE void pack_sliver(const Source& src, const Range& range, int64_t j, typ
         break;
       }
       const int64_t m = f / src.size, d = f % src.size, width = std::min(P - c0, src.size - d);
-      acc_t shift[P], total[P];
-      for (int64_t c = 0; c < width; ++c) shift[c] = acc_t(src.shift[f + c]), total[c] = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        const scalar_t* p = x[m] + (range.outer0 + k) * src.size + d;
-        acc_t* q = sliver + k * P + c0;
+      acc_t shift[P];
+      for (int64_t c = 0; c < width; ++c) shift[c] = acc_t(src.shift[f + c]);
+      for (int64_t k0 = 0; k0 < K; k0 += kShortSum) {
+        const int64_t k1 = std::min(K, k0 + kShortSum);
+        acc_t total[P] = {};
+        for (int64_t k = k0; k < k1; ++k) {
+          const scalar_t* p = x[m] + (range.outer0 + k) * src.size + d;
+          acc_t* q = sliver + k * P + c0;
 #pragma omp simd
-        for (int64_t c = 0; c < width; ++c) {
-          q[c] = acc_t(widen(p[c])) - shift[c];
-          total[c] += q[c];
+          for (int64_t c = 0; c < width; ++c) {
+            q[c] = acc_t(widen(p[c])) - shift[c];
+            total[c] += q[c];
+          }
         }
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) sums[c0 + c] += total[c];
       }
-      for (int64_t c = 0; c < width; ++c) sums[c0 + c] = total[c];
       c0 += width;
     }
     return;
   }
   const int64_t slice = src.size * src.inner, ld = (K + L - 1) / L * L;
   for (int v = 0; v < S::kVectors; ++v) {
-    vec shift = {}, sum = {};
+    vec shift = {};
     const acc_t* row[L];
     const scalar_t* from[L];
     bool whole = std::is_same_v<scalar_t, acc_t> && n_inner % L == 0;  // rows can be read where they lie
@@ -169,9 +181,8 @@ ZF_INLINE void pack_sliver(const Source& src, const Range& range, int64_t j, typ
         for (int64_t o = 0; o < n_outer; ++o) {
           for (int r = 0; r < L; ++r) row[r] = from[r] + o * slice;
           for (int64_t k = 0; k < n_inner; k += L)
-            transpose_block<S>(row, k, shift, dst + (o * n_inner + k) * P, P, &sum);
+            transpose_block<S>(row, k, shift, dst + (o * n_inner + k) * P, P, sums + v * L);
         }
-        std::memcpy(sums + v * L, &sum, sizeof sum);
         continue;
       }
     }
@@ -184,8 +195,7 @@ ZF_INLINE void pack_sliver(const Source& src, const Range& range, int64_t j, typ
         for (int64_t k = 0; k < K; ++k) out[k] = 0;
       for (int64_t k = K; k < ld; ++k) out[k] = acc_t(shift[r]);  // the last block reaches over the end, by zeros
     }
-    for (int64_t k = 0; k < ld; k += L) transpose_block<S>(row, k, shift, dst + k * P, P, &sum);
-    std::memcpy(sums + v * L, &sum, sizeof sum);
+    for (int64_t k = 0; k < ld; k += L) transpose_block<S>(row, k, shift, dst + k * P, P, sums + v * L);
   }
 }
 

@@ -12,34 +12,47 @@ namespace {
 
 template <class scalar_t>
 struct Rows {
-  const scalar_t* const* x;  // M tensors, [outer, size, inner] each
-  const int64_t* order;      // [members]
-  const int64_t* start;      // [groups + 1]
-  const double* divisor;     // [groups] or null
-  scalar_t* out;             // [outer, groups, inner]
-  int64_t size, inner, groups;
+  const scalar_t* const* member;  // [members], where each member's entries start in the first outer slice
+  const int64_t* start;           // [groups + 1]
+  const double* divisor;          // [groups] or null
+  scalar_t* out;                  // [outer, groups, inner]
+  int64_t slice, inner, groups;   // slice: elements from one outer index to the next in x
 };
 
+// Groups of one or two members, nearly all of them in practice, are summed without a buffer.
 template <class scalar_t>
 ZF_INLINE void sum_rows(const Rows<scalar_t>& r, int64_t begin, int64_t end) {
   constexpr int64_t kTile = 256;
   double acc[kTile];
+  int64_t o = begin / r.groups, g = begin % r.groups;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t o = item / r.groups, g = item % r.groups, p0 = r.start[g], p1 = r.start[g + 1];
-    for (int64_t k0 = 0; k0 < r.inner; k0 += kTile) {
-      const int64_t n = std::min(kTile, r.inner - k0);
-      for (int64_t k = 0; k < n; ++k) acc[k] = 0;
-      for (int64_t p = p0; p < p1; ++p) {
-        const int64_t f = r.order[p];
-        const scalar_t* src = r.x[f / r.size] + (o * r.size + f % r.size) * r.inner + k0;
-        for (int64_t k = 0; k < n; ++k) acc[k] += widen(src[k]);
+    const int64_t p0 = r.start[g], p1 = r.start[g + 1], at = o * r.slice;
+    const bool plain = !r.divisor;
+    const double divisor = plain ? 1 : r.divisor[g];
+    scalar_t* dst = r.out + item * r.inner;
+    if (p1 - p0 == 1 && plain) {
+      const scalar_t* a = r.member[p0] + at;
+      for (int64_t k = 0; k < r.inner; ++k) dst[k] = a[k];
+    } else if (p1 - p0 == 2 && plain && sizeof(scalar_t) >= 4) {
+      // The sum of two is rounded once, here as in float64: the same bits.
+      const scalar_t *a = r.member[p0] + at, *b = r.member[p0 + 1] + at;
+      for (int64_t k = 0; k < r.inner; ++k) dst[k] = narrow<scalar_t>(widen(a[k]) + widen(b[k]));
+    } else if (p1 - p0 == 2) {
+      const scalar_t *a = r.member[p0] + at, *b = r.member[p0 + 1] + at;
+      for (int64_t k = 0; k < r.inner; ++k)
+        dst[k] = narrow<scalar_t>((double(widen(a[k])) + double(widen(b[k]))) / divisor);
+    } else {
+      for (int64_t k0 = 0; k0 < r.inner; k0 += kTile) {
+        const int64_t n = std::min(kTile, r.inner - k0);
+        for (int64_t k = 0; k < n; ++k) acc[k] = 0;
+        for (int64_t p = p0; p < p1; ++p) {
+          const scalar_t* src = r.member[p] + at + k0;
+          for (int64_t k = 0; k < n; ++k) acc[k] += widen(src[k]);
+        }
+        for (int64_t k = 0; k < n; ++k) dst[k0 + k] = narrow<scalar_t>(acc[k] / divisor);
       }
-      scalar_t* dst = r.out + item * r.inner + k0;
-      if (r.divisor)
-        for (int64_t k = 0; k < n; ++k) dst[k] = narrow<scalar_t>(acc[k] / r.divisor[g]);
-      else
-        for (int64_t k = 0; k < n; ++k) dst[k] = narrow<scalar_t>(acc[k]);
     }
+    if (++g == r.groups) g = 0, ++o;
   }
 }
 
@@ -77,12 +90,14 @@ Tensor regroup_cpu(const std::vector<Tensor>& x, const Tensor& order_, const Ten
   Tensor out = torch::stable::new_empty(x[0], shape);
   dispatch(dtype_of("regroup", x[0]), [&](auto* tag) {
     using scalar_t = std::remove_pointer_t<decltype(tag)>;
-    const Rows<scalar_t> rows{reinterpret_cast<const scalar_t* const*>(data.data()),
-                              po,
+    std::vector<const scalar_t*> member(members);
+    for (int64_t p = 0; p < members; ++p)
+      member[p] = static_cast<const scalar_t*>(data[po[p] / view.size]) + po[p] % view.size * view.inner;
+    const Rows<scalar_t> rows{member.data(),
                               ps,
                               divisor ? divisor->const_data_ptr<double>() : nullptr,
                               static_cast<scalar_t*>(out.mutable_data_ptr()),
-                              view.size,
+                              view.size * view.inner,
                               view.inner,
                               groups};
     const int64_t work = groups ? std::max<int64_t>(1, view.inner * members / groups) : 1;

@@ -2,8 +2,9 @@
 """Streaming moments of the features of M models in one space, and the correlations that matching needs.
 
 Uncentred float32 sums give negative variances and wrong correlations where a channel's mean is large. Here each feature is
-shifted by a fixed short number c before it is squared: 0 if |mean| <= 2 std in the first batch, else the mean rounded to
-7 mantissa bits (a blind mean shift would turn the exact zeros after a ReLU into inexact constants). Sums stay additive
+shifted by a fixed number c before it is squared: 0 if |mean| <= 2 std in the first batch (a blind mean shift would turn the
+exact zeros after a ReLU into inexact constants), else the mean rounded to a power of two below std / 2, so that c is short
+and what remains of the mean is less than the spread. Sums stay additive
 over batches and workers; differently shifted ones are rebased in float64.
 """
 
@@ -27,7 +28,7 @@ RELATIVE_FLOOR = 2.0**-18  # a standard deviation below this part of the mean is
 class _Sums:
     """What the kernel adds to; sums are of x - shift."""
 
-    shift: Tensor  # [F] float64, each value exact in bfloat16
+    shift: Tensor  # [F] float64, each value exact in float32
     total: Tensor  # [F] float64
     comoment: Tensor  # [F, F] float64, upper triangle
     bad: Tensor  # [M] int64, see ops.moments
@@ -264,7 +265,7 @@ def _as_stored(space: Moments, features: Sequence[Tensor], axis: int) -> tuple[l
 
 
 def _choose_shift(features: Sequence[Tensor], axis: int) -> Tensor:
-    """Per feature 0 where |mean| <= 2 std over a part of the first batch, else the mean rounded to bfloat16."""
+    """Per feature 0 where |mean| <= 2 std over a part of the first batch, else the shortest number within std / 4 of it."""
     shifts = []
     for x in features:
         positions = x.numel() // max(1, x.shape[0] * x.shape[axis]) if axis else x.numel() // max(1, x.shape[0])
@@ -274,6 +275,9 @@ def _choose_shift(features: Sequence[Tensor], axis: int) -> Tensor:
             shifts.append(rows.new_zeros(rows.shape[0]))
             continue
         variance, mean = torch.var_mean(rows, 1, correction=0)
-        wanted = (mean.abs() > 2 * variance.sqrt()) & torch.isfinite(mean)
-        shifts.append(torch.where(wanted, mean, 0.0).bfloat16().double())
+        std = variance.sqrt()
+        grid = torch.ldexp(torch.ones_like(std), torch.frexp(std).exponent - 2)  # in [std / 4, std / 2]
+        short = torch.where(std > 0, torch.round(mean / grid) * grid, mean)
+        wanted = (mean.abs() > 2 * std) & torch.isfinite(mean)
+        shifts.append(torch.where(wanted, short, 0.0).float().double())
     return torch.cat(shifts)

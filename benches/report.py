@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes docs/benchmarks.md from the JSON in benches/results: one table per op and machine, no number typed by hand.
+
+``python benches/report.py``; ``--check`` writes nothing and fails if the page is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, results_folder, validate
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+ORDER = ["moments", "zip_match", "regroup"]
+HEAD = """\
+# Benchmarks
+
+This page is generated from `benches/results/*.json`; do not edit it. To measure and write it anew:
+
+```
+pytest benches                     # CPU; ZIPFAST_ZIPIT=<checkout of the public ZipIt code> adds it as a peer
+pytest benches --device cuda       # GPU; `make gpu` runs this after the tests
+python benches/report.py
+```
+
+How to read the tables: results are compared first, and only what agrees is timed. Ours and a peer then run in pairs,
+A B A B, each with a cold cache. *ours* is the median; *spread* its interquartile range as a share of the median. A
+peer's cell is its median and, in brackets, the median of the per-pair ratios: 3.00x says that the peer takes three
+times as long as zipfast; below 1 the peer is faster. *% of ceiling* is the time that the case needs at the measured
+copy or GEMM rate, over the measured time; above 100 % the op beats the library's own square GEMM, per useful flop.
+"""
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """All results, validated; what is no results file of a bench (gpu.json) is left out."""
+    documents = []
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict) or "op" not in document:
+            continue
+        try:
+            validate(document)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from e
+        documents.append(document)
+    return documents
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def op_table(document: dict[str, Any]) -> str:
+    rows = document["rows"]
+    peers = list(dict.fromkeys(name for r in rows for name in r["peers"]))
+    usual = document["machine"]["threads"]
+    body = []
+    for r in rows:
+        case = r["case"] if r["threads"] == usual or r["device"] != "cpu" else f"{r['case']} ({r['threads']} threads)"
+        cells = [case, milliseconds(r["ours"]["ms"])]
+        for name in peers:
+            p = r["peers"].get(name)
+            cells.append("–" if p is None else f"{milliseconds(p['ms'])} ({p['ratio']:.2f}x)")
+        share = r["percent_of_ceiling"]
+        cells.append("–" if share is None else f"{share:.0f} ({r['bound']})")
+        cells.append(f"{100 * r['ours']['iqr_ms'] / r['ours']['ms']:.0f} %")
+        body.append(cells)
+    return table(["case", "ours, ms", *[f"{p}, ms" for p in peers], "% of ceiling", "spread"], body)
+
+
+def notes(document: dict[str, Any]) -> list[str]:
+    """What a row holds beyond its times."""
+    found = []
+    for r in document["rows"]:
+        extra = r["extra"]
+        if "extra_over_input" in extra:
+            size = f"{extra['extra_bytes'] / 2**20:.0f} MiB, {extra['extra_over_input']:.2f} times the input"
+            grows = f"; time grows as n^{extra['growth_exponent']:.2f} from 1024" if "growth_exponent" in extra else ""
+            found.append(f"- {r['case']}: peak memory beyond the input {size}{grows}.")
+    return found
+
+
+def amount(c: dict[str, Any]) -> str:
+    return f"{c['value'] * 1e3:.3g} ms" if c["unit"] == "s" else f"{c['value'] / 1e9:.1f} G{c['unit']}"
+
+
+def ceilings(documents: list[dict[str, Any]]) -> str:
+    """The ceilings of the newest run of this machine; each op's percentages use those in its own file."""
+    newest = max(documents, key=lambda d: d["machine"]["date"])["ceilings"]
+    rows = [[c["name"], "–" if c["threads"] is None else str(c["threads"]), amount(c)] for c in newest]
+    return table(["ceiling", "threads", "measured"], rows) if rows else "No ceilings were measured.\n"
+
+
+def title(machine: dict[str, Any]) -> str:
+    if machine["gpu"]:
+        return machine["gpu"]
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+
+
+def facts(document: dict[str, Any]) -> str:
+    m = document["machine"]
+    backends = sorted({r["backend"] for r in document["rows"]})
+    cuda = f", CUDA {m['cuda']}" if m.get("cuda") else ""
+    simd = f", {m['simd']}" if m.get("simd") else ""
+    return (
+        f"torch {m['torch']}{cuda}{simd}, Python {m['python']}, commit {m['commit'][:12]}{'+' * ('+' in m['commit'])}, "
+        f"{m['date'][:10]}, backend {', '.join(backends)}."
+    )
+
+
+def section(name: str, documents: list[dict[str, Any]], empty: str) -> list[str]:
+    out = [f"## {name}", ""]
+    if not any(d["op"] != "ceilings" for d in documents):
+        return [*out, empty, ""]
+    for machine in dict.fromkeys(title(d["machine"]) for d in documents):
+        own = [d for d in documents if title(d["machine"]) == machine]
+        out += [f"### {machine}", "", ceilings(own)]
+        known = [d["op"] for d in own if d["op"] != "ceilings"]
+        for op in sorted(known, key=lambda op: (ORDER.index(op) if op in ORDER else len(ORDER), op)):
+            document = next(d for d in own if d["op"] == op)
+            out += [f"#### {op}", "", facts(document), "", op_table(document)]
+            out += [*notes(document), ""] if notes(document) else []
+    return out
+
+
+def page(documents: list[dict[str, Any]]) -> str:
+    gpu = [d for d in documents if d["machine"]["gpu"]]
+    cpu = [d for d in documents if not d["machine"]["gpu"]]
+    lines = [HEAD, *section("CPU", cpu, "not measured yet"), *section("GPU", gpu, "not measured yet")]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=results_folder())
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
+    options = parser.parse_args()
+    text = page(load(options.results))
+    if options.check:
+        if options.page.exists() and options.page.read_text() == text:
+            return 0
+        print(f"{options.page} is not what {options.results} says; run python benches/report.py", file=sys.stderr)
+        return 1
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    options.page.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

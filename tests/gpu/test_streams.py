@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can show: each op follows the current stream, is captured by CUDA graphs, serves host threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import zipfast
+
+pytestmark = pytest.mark.gpu
+NO_BAD_VALUE = torch.iinfo(torch.int64).max
+
+
+@pytest.fixture(autouse=True)
+def _gpu() -> None:
+    reason = zipfast.ops.why_not("cuda")
+    if reason is not None:
+        pytest.skip(f"backend cuda is not usable here: {reason}")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op as a function of the tensors that change; everything else is fixed and on the GPU beforehand."""
+
+    name: str
+    inputs: Callable[[int], list[Tensor]]  # seed -> CPU tensors
+    call: Callable[[list[Tensor]], list[Tensor]]
+    exact: bool = True
+
+    def check(self, ours: list[Tensor], wanted: list[Tensor]) -> None:
+        for a, b in zip(ours, wanted, strict=True):
+            if self.exact:
+                assert torch.equal(a.cpu(), b.cpu())
+            else:
+                # Products run in float32, the reference in float64: relative to entries of the order of the samples.
+                torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-2)
+
+    def reference(self, inputs: list[Tensor]) -> list[Tensor]:
+        with zipfast.backend("torch"):
+            return self.call(inputs)
+
+
+def moments_inputs(channels: int, side: int, dtype: torch.dtype) -> Callable[[int], list[Tensor]]:
+    def make(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (8, channels, side, side)
+        return [torch.relu(torch.randn(shape, generator=generator)).to(dtype) for _ in range(2)]
+
+    return make
+
+
+def moments(features: list[Tensor]) -> list[Tensor]:
+    size, device = 2 * features[0].shape[1], features[0].device
+    comoment = torch.zeros(size, size, dtype=torch.float64, device=device)
+    total, shift = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
+    bad = torch.full((2,), NO_BAD_VALUE, device=device)
+    zipfast.ops.moments_([comoment], [total], [bad], features, [shift], [1], [0])
+    return [torch.triu(comoment), total, bad]
+
+
+def similarity(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sims = []
+    for size in (130, 256):
+        x = torch.relu(torch.randn(size, 32, generator=generator) @ torch.randn(32, 400, generator=generator))
+        upper = torch.triu(torch.corrcoef(x), 1)
+        sims.append(upper + upper.T)
+    return sims
+
+
+def matching(compat: bool) -> Callable[[list[Tensor]], list[Tensor]]:
+    def call(sims: list[Tensor]) -> list[Tensor]:
+        return list(zipfast.ops.zip_match(sims, 2, [t.shape[0] // 2 for t in sims], [8] * len(sims), 0.3, compat))
+
+    return call
+
+
+def regroup_inputs(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(48, 32, 3, 3, generator=generator) for _ in range(2)]
+    return [*weights, torch.randperm(96, generator=generator), torch.arange(0, 97, 2), torch.full((48,), 2.0).double()]
+
+
+def regrouped(inputs: list[Tensor]) -> list[Tensor]:
+    first, second, order, start, divisor = inputs
+    return [zipfast.ops.regroup([first, second], order, start, divisor, 0)]
+
+
+OPS = [
+    Op("moments, few features", moments_inputs(32, 16, torch.float32), moments, exact=False),
+    Op("moments, many features", moments_inputs(320, 7, torch.float32), moments, exact=False),
+    Op("moments, float16", moments_inputs(64, 14, torch.float16), moments, exact=False),
+    Op("zip_match, compat", similarity, matching(True)),
+    Op("zip_match, strict", similarity, matching(False)),
+    Op("regroup", regroup_inputs, regrouped),
+]
+
+
+@pytest.fixture(params=OPS, ids=lambda op: op.name)
+def op(request: pytest.FixtureRequest) -> Op:
+    return request.param
+
+
+def delay(stream: torch.cuda.Stream) -> None:
+    """Tens of milliseconds of work on a stream: whoever does not wait for the stream reads what was there before."""
+    with torch.cuda.stream(stream):
+        x = torch.full((4096, 4096), 1 / 4096, device="cuda", dtype=torch.float64)
+        for _ in range(8):
+            x = x @ x
+    x.record_stream(stream)
+
+
+def test_side_stream_sees_late_inputs(op: Op) -> None:
+    fresh = op.inputs(1)
+    wanted = op.reference(fresh)
+    late = [
+        t.cuda() for t in op.inputs(0)
+    ]  # values that give another, valid result: a wrong order shows as a difference
+    source = [t.pin_memory() for t in fresh]
+    op.call(late)  # first-use allocations and module loading synchronise, and would hide a missing dependency
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    delay(side)
+    with torch.cuda.stream(side):
+        for target, value in zip(late, source):
+            target.copy_(value, non_blocking=True)
+        ours = op.call(late)
+    side.synchronize()
+    op.check(ours, wanted)
+
+
+def test_graph_replays_with_new_inputs(op: Op) -> None:
+    static = [t.cuda() for t in op.inputs(0)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            op.call(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op.call(static)
+    for seed in (1, 2):
+        fresh = [t.cuda() for t in op.inputs(seed)]
+        eager = op.call(fresh)
+        for target, value in zip(static, fresh):
+            target.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(captured, eager, strict=True):
+            assert torch.equal(a, b)
+        op.check(captured, op.reference(op.inputs(seed)))
+
+
+def test_host_threads_with_their_own_streams(op: Op) -> None:
+    count, rounds = 4, 5
+    inputs = [[t.cuda() for t in op.inputs(seed)] for seed in range(count)]
+    serial = [op.call(x) for x in inputs]
+    torch.cuda.synchronize()
+    barrier = threading.Barrier(count)
+    problems: list[str] = []
+
+    def work(index: int) -> None:
+        try:
+            stream = torch.cuda.Stream()
+            for _ in range(rounds):
+                barrier.wait(60)
+                with torch.cuda.stream(stream):
+                    ours = op.call(inputs[index])
+                stream.synchronize()
+                if not all(torch.equal(a, b) for a, b in zip(ours, serial[index], strict=True)):
+                    problems.append(f"thread {index} got another result than the serial run")
+        except Exception as e:
+            problems.append(f"thread {index}: {type(e).__name__}: {e}")
+            barrier.abort()
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(120)
+    assert not any(w.is_alive() for w in workers), "a thread did not come back"
+    assert not problems, problems

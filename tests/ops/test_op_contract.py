@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PyTorch expects of an operator: schema, fake tensors, autograd registration, AOT dispatch, compilation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zipfast
+from zipfast.ops import OPS
+from zipfast.ops.moments import NO_BAD_VALUE
+
+
+def accumulators(*features: int, models: int, device: str) -> tuple[list, list, list]:
+    return (
+        [torch.zeros(f, f, dtype=torch.float64, device=device) for f in features],
+        [torch.zeros(f, dtype=torch.float64, device=device) for f in features],
+        [torch.full((models,), NO_BAD_VALUE, device=device) for _ in features],
+    )
+
+
+def moments_samples(device: str, grad: bool) -> Iterator[tuple]:
+    x = torch.randn(5, 3, 4, 4, device=device, requires_grad=grad)
+    y = torch.randn(7, 6, device=device, dtype=torch.float64, requires_grad=grad)
+    shift = torch.zeros(6, device=device, dtype=torch.float64), torch.ones(12, device=device, dtype=torch.float64)
+    yield *accumulators(6, 12, models=2, device=device), [x, x * 2, y, y + 1], list(shift), [1, 1], [0, 9]
+    z = torch.randn(4, 2, 3, device=device, dtype=torch.float16, requires_grad=grad)
+    yield *accumulators(3, models=1, device=device), [z], [shift[0][:3].clone()], [2], [0]
+
+
+def zip_match_samples(device: str, grad: bool) -> Iterator[tuple]:
+    a = torch.corrcoef(torch.randn(8, 20, device=device))
+    a = (torch.triu(a, 1) + torch.triu(a, 1).T).requires_grad_(grad)
+    b = torch.corrcoef(torch.randn(4, 20, device=device))
+    b = (torch.triu(b, 1) + torch.triu(b, 1).T).requires_grad_(grad)
+    yield [a, b], 2, [4, 1], [1, 2], 0.3, False
+    yield [a], 2, [8], [1], 1.0, True
+    yield [a.double()], 1, [4], [3], 0.0, False
+
+
+def regroup_samples(device: str, grad: bool) -> Iterator[tuple]:
+    x = torch.randn(3, 4, 5, device=device, requires_grad=grad)
+    order, start = torch.tensor([0, 4, 1, 7, 2], device=device), torch.tensor([0, 2, 4, 5], device=device)
+    yield [x, x * 2], order, start, torch.tensor([2.0, 2.0, 1.0], device=device, dtype=torch.float64), 1
+    yield [x.transpose(0, 2)], order[:2] % 3, torch.tensor([0, 1, 1, 2], device=device), None, 2
+    yield [x.bfloat16()], order % 3, start, None, 0
+
+
+SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
+    "moments_": moments_samples,
+    "zip_match": zip_match_samples,
+    "regroup": regroup_samples,
+}
+NO_GPU = pytest.mark.skipif(not zipfast.available("cuda"), reason=str(zipfast.ops.why_not("cuda")))
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
+
+
+@pytest.fixture(autouse=True)
+def same_samples() -> None:
+    torch.manual_seed(0)
+
+
+def flat(value: object) -> list:
+    if isinstance(value, (list, tuple)):
+        return [leaf for v in value for leaf in flat(v)]
+    return [value]
+
+
+def outcome(call: Callable, args: tuple) -> list:
+    """What a call returns and what it leaves in its (copied) arguments."""
+    args = copy.deepcopy(args)
+    return [v for v in flat(call(*args)) + flat(args) if v is not None]
+
+
+def same(a: list, b: list) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)  # float32 kernel against float64 reference
+
+
+def test_every_op_has_samples() -> None:
+    assert set(SAMPLES) == set(OPS)
+    assert all(len(list(make("cpu", False))) >= 2 for make in SAMPLES.values())
+
+
+@pytest.mark.filterwarnings("ignore:zipfast.*an autograd kernel was not registered")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_opcheck(name: str, grad: bool, device: str) -> None:
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not grad:  # the ops have no gradients, which that test would compare
+        tests.append("test_aot_dispatch_dynamic")
+    for args in SAMPLES[name](device, grad):
+        torch.library.opcheck(OPS[name].native, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_compiles_without_graph_break(name: str, device: str) -> None:
+    op = OPS[name]
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
+    for args in SAMPLES[name](device, False):
+        torch._dynamo.reset()
+        same(outcome(compiled, args), outcome(op, args))
+
+
+@pytest.mark.parametrize("name", ["moments_", "regroup"])
+def test_compiles_under_an_override(name: str) -> None:
+    op = OPS[name]
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
+    for args in SAMPLES[name]("cpu", False):
+        torch._dynamo.reset()
+        want = outcome(op, args)
+        same(outcome(compiled, args), want)
+        with zipfast.backend("torch"):  # the override is guarded: the reference is traced instead
+            same(outcome(compiled, args), want)
+        same(outcome(compiled, args), want)
+
+
+def test_zip_match_compiles_under_an_override_with_breaks() -> None:
+    # the reference of zip_match looks at values, so that it cannot be one graph; it still runs
+    op, args = OPS["zip_match"], next(SAMPLES["zip_match"]("cpu", False))
+    compiled = torch.compile(lambda *a: op(*a), backend="aot_eager")
+    torch._dynamo.reset()
+    with zipfast.backend("torch"):
+        same(outcome(compiled, args), outcome(op, args))
+
+
+def test_in_place_op_inside_a_compiled_loop() -> None:
+    op, args = OPS["moments_"], next(SAMPLES["moments_"]("cpu", False))
+
+    def twice(*a):
+        op(*a)
+        total = a[1][0] + 1
+        op(*a)
+        return total
+
+    torch._dynamo.reset()
+    same(outcome(torch.compile(twice, fullgraph=True, backend="aot_eager"), args), outcome(twice, args))
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_fake_shapes(name: str) -> None:
+    for args in SAMPLES[name]("cpu", False):
+        real = outcome(OPS[name].native, args)
+        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+            fakes = [
+                [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in a]
+                if isinstance(a, list)
+                else (mode.from_tensor(a) if isinstance(a, torch.Tensor) else a)
+                for a in args
+            ]
+            # a host read (.item(), a branch on a value) raises here
+            fake = [v for v in flat(OPS[name](*fakes)) + flat(fakes) if v is not None]
+        for r, f in zip(real, fake, strict=True):
+            if isinstance(r, torch.Tensor):
+                assert (f.shape, f.dtype, f.device) == (r.shape, r.dtype, r.device)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_meta_tensors(name: str) -> None:
+    for args in SAMPLES[name]("cpu", False):
+        real = [v for v in flat(OPS[name].native(*copy.deepcopy(args))) if v is not None]
+        meta = [
+            [v.to("meta") if isinstance(v, torch.Tensor) else v for v in a]
+            if isinstance(a, list)
+            else (a.to("meta") if isinstance(a, torch.Tensor) else a)
+            for a in args
+        ]
+        got = [v for v in flat(OPS[name](*meta)) if v is not None]
+        assert [(g.shape, g.dtype) for g in got] == [(r.shape, r.dtype) for r in real]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes each operator that is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_a_call_is_one_operator(name: str) -> None:
+    """No copy, cast or host read around the kernel: the contract and the frame dispatch nothing."""
+    if not OPS[name].has("cpu"):
+        pytest.skip(f"cpu: {zipfast.ops.why_not('cpu')}")
+    for args in SAMPLES[name]("cpu", False):
+        with Recorder() as recorder:
+            OPS[name](*args)
+        assert recorder.seen == [f"zipfast.{name}.default"]
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_outputs_never_require_grad(name: str, backend: str, device: str) -> None:
+    """Else the sums of moments_ would keep every batch's graph alive, and backends would differ."""
+    for args in SAMPLES[name](device, True):
+        got = OPS[name](*args)
+        assert not any(v.requires_grad for v in flat(got) if v is not None)
+        assert not any(v.requires_grad for v in flat(args[:3]) if name == "moments_")
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_works_in_inference_mode(name: str, backend: str, device: str) -> None:
+    with torch.inference_mode():
+        for args in SAMPLES[name](device, False):
+            OPS[name](*args)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_schema_says_what_is_written(name: str) -> None:
+    schema = OPS[name].native._schema
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert bool(written) == name.endswith("_")
+    assert [a.name for a in schema.arguments if a.name in written] == written
+    assert torch.Tag.pt2_compliant_tag in OPS[name].native.tags
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_docstring_has_its_sections(name: str) -> None:
+    text = OPS[name].__doc__
+    for word in ("Args:", "Raises:", "Cost and determinism:", "Reference: ", ".. math::"):
+        assert word in text
+    for argument in OPS[name].native._schema.arguments:
+        assert f" {argument.name}: " in text
