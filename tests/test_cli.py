@@ -25,7 +25,9 @@ def test_info_names_every_backend_and_the_reason(capsys: pytest.CaptureFixture[s
 
 
 def test_info_as_json_and_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "zipfast", "info", "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "zipfast", "info", "--json"], capture_output=True, text=True, check=True
+    )
     data = json.loads(done.stdout)
     assert data["zipfast"] == zipfast.__version__
     assert data["backends"]["torch"] == "usable"

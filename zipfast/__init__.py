@@ -7,6 +7,7 @@ True
 """
 
 from . import checkpoint, compat, merging, ops, zoo
+from ._version import __version__
 from .merging import (
     Groups,
     LogitEnsemble,
@@ -23,7 +24,6 @@ from .ops import _loader, available, backend
 
 _loader.load_all()
 
-__version__ = "0.1.0"
 __all__ = [
     "Groups",
     "LogitEnsemble",

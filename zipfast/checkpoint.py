@@ -55,14 +55,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Fail now, before long work, if ``path`` cannot be written; leaves nothing behind.
+    """Fail now, before long work, if :func:`save` could not write ``path``; leaves nothing behind.
 
     Raises:
-        OSError: names the path and the reason.
+        ValueError: another ending than .safetensors. OSError: names the path and the reason.
     """
     target = Path(path)
     if target.is_dir():
         raise OSError(f"cannot write {target}: it is a folder; give a file name")
+    if target.suffix != ".safetensors":
+        raise ValueError(f"save: 'path' must end in .safetensors, got {os.fspath(path)!r}")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -85,8 +87,7 @@ def save(
     """
     from safetensors.torch import save as to_bytes
 
-    if Path(path).suffix != ".safetensors":
-        raise ValueError(f"save: 'path' must end in .safetensors, got {os.fspath(path)!r}")
+    check_writable(path)
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"save: '{name}' must be a tensor, got {type(value).__name__}")
@@ -129,10 +130,13 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> di
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What :func:`save` was given as metadata; empty for files of others."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(os.fspath(path), framework="pt") as file:
-        header = file.metadata() or {}
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as e:
+        raise ValueError(f"read_metadata: {path} cannot be read as safetensors ({e})") from e
     return json.loads(header.get(METADATA_KEY, "{}"))
 
 

@@ -19,7 +19,8 @@ struct Rows {
   int64_t slice, inner, groups;   // slice: elements from one outer index to the next in x
 };
 
-// Groups of one or two members, nearly all of them in practice, are summed without a buffer.
+// Groups of one or two members, nearly all of them in practice, are summed without a buffer.  Every sum starts from +0,
+// as in the general case, so that the sign of a zero does not depend on the path.
 template <class scalar_t>
 ZF_INLINE void sum_rows(const Rows<scalar_t>& r, int64_t begin, int64_t end) {
   constexpr int64_t kTile = 256;
@@ -32,15 +33,15 @@ ZF_INLINE void sum_rows(const Rows<scalar_t>& r, int64_t begin, int64_t end) {
     scalar_t* dst = r.out + item * r.inner;
     if (p1 - p0 == 1 && plain) {
       const scalar_t* a = r.member[p0] + at;
-      for (int64_t k = 0; k < r.inner; ++k) dst[k] = a[k];
+      for (int64_t k = 0; k < r.inner; ++k) dst[k] = narrow<scalar_t>(widen(a[k]) + 0);
     } else if (p1 - p0 == 2 && plain && sizeof(scalar_t) >= 4) {
       // The sum of two is rounded once, here as in float64: the same bits.
       const scalar_t *a = r.member[p0] + at, *b = r.member[p0 + 1] + at;
-      for (int64_t k = 0; k < r.inner; ++k) dst[k] = narrow<scalar_t>(widen(a[k]) + widen(b[k]));
+      for (int64_t k = 0; k < r.inner; ++k) dst[k] = narrow<scalar_t>(widen(a[k]) + 0 + widen(b[k]));
     } else if (p1 - p0 == 2) {
       const scalar_t *a = r.member[p0] + at, *b = r.member[p0 + 1] + at;
       for (int64_t k = 0; k < r.inner; ++k)
-        dst[k] = narrow<scalar_t>((double(widen(a[k])) + double(widen(b[k]))) / divisor);
+        dst[k] = narrow<scalar_t>((double(widen(a[k])) + 0 + double(widen(b[k]))) / divisor);
     } else {
       for (int64_t k0 = 0; k0 < r.inner; k0 += kTile) {
         const int64_t n = std::min(kTile, r.inner - k0);

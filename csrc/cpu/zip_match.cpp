@@ -155,6 +155,7 @@ class Matcher {
           continue;
         }
         s_.status[rule::kDeadlock] = time_;
+        if (s_.status[rule::kLifted]) s_.status[rule::kLifted] -= merges - time_;  // those that were not made after all
         return;
       }
       merge(std::min(r, arg_[r]), std::max(r, arg_[r]), bound_[r]);

@@ -33,10 +33,16 @@ __device__ inline int space_of(const MomentsJob& job, int block) {
   return s;
 }
 
-// shared[k][r] = x(sample0 + k, feature0 + r) - shift, zero beyond the ends; [kStep][kTile + 1].
+// The first bad value of a model is the smallest (seen + sample) * size + feature.
+__device__ inline void note_bad(const MomentsSpace& s, int64_t f, int64_t sample) {
+  atomicMin(s.bad + f / s.size, (long long)((s.seen + sample) * s.size + f % s.size));
+}
+
+// shared[k][r] = x(sample0 + k, feature0 + r) - shift, zero beyond the ends; [kStep][kTile + 1].  With `note`, values
+// that are not finite are noted (before the shift, which may overflow).
 template <class scalar_t, class acc_t>
 __device__ inline void load_slab(const MomentsJob& job, const MomentsSpace& s, int64_t feature0, int64_t sample0,
-                                 int64_t sample1, acc_t (*shared)[kTile + 1]) {
+                                 int64_t sample1, bool note, acc_t (*shared)[kTile + 1]) {
   const int64_t features = job.models * s.size;
   for (int i = threadIdx.x; i < kStep * kTile; i += kThreads) {
     // Neighbouring threads read neighbouring addresses: samples of an image, or features of a token.
@@ -45,15 +51,12 @@ __device__ inline void load_slab(const MomentsJob& job, const MomentsSpace& s, i
     acc_t v = 0;
     if (f < features && n < sample1) {
       const scalar_t* x = static_cast<const scalar_t*>(job.x[s.pointer + f / s.size]);
-      v = acc_t(widen(x[(n / s.inner * s.size + f % s.size) * s.inner + n % s.inner])) - acc_t(s.shift[f]);
+      const acc_t value = widen(x[(n / s.inner * s.size + f % s.size) * s.inner + n % s.inner]);
+      if (note && !(value - value == 0)) note_bad(s, f, n);
+      v = value - acc_t(s.shift[f]);
     }
     shared[k][r] = v;
   }
-}
-
-// The first bad value of a model is the smallest (seen + sample) * size + feature.
-__device__ inline void note_bad(const MomentsSpace& s, int64_t f, int64_t sample) {
-  atomicMin(s.bad + f / s.size, (long long)((s.seen + sample) * s.size + f % s.size));
 }
 
 template <class scalar_t, class acc_t>
@@ -74,15 +77,11 @@ __global__ void __launch_bounds__(kThreads) moments_tile_kernel(const MomentsJob
     acc_t acc[kPiece][kPiece] = {};
     const int64_t n1 = n0 + kFlush < end ? n0 + kFlush : end;
     for (int64_t n = n0; n < n1; n += kStep) {
-      load_slab<scalar_t>(job, s, row0, n, n1, a);
-      if (!diagonal) load_slab<scalar_t>(job, s, col0, n, n1, b);
+      load_slab<scalar_t>(job, s, row0, n, n1, diagonal, a);
+      if (!diagonal) load_slab<scalar_t>(job, s, col0, n, n1, false, b);
       __syncthreads();
       if (diagonal && threadIdx.x < kTile && row0 + threadIdx.x < features)
-        for (int k = 0; k < kStep; ++k) {
-          const double v = double(a[k][threadIdx.x]);
-          total += v;
-          if (!(v - v == 0)) note_bad(s, row0 + threadIdx.x, n + k);
-        }
+        for (int k = 0; k < kStep; ++k) total += double(a[k][threadIdx.x]);
       const acc_t(*other)[kTile + 1] = diagonal ? a : b;
       for (int k = 0; k < kStep; ++k) {
         acc_t av[kPiece], bv[kPiece];

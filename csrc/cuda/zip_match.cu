@@ -117,7 +117,7 @@ class Matcher {
           sync();
           continue;
         }
-        if (thread_ == 0) s_.status[rule::kDeadlock] = done;
+        if (thread_ == 0) deadlock(done);
         return;
       }
       if (blockIdx.x == 0) finish_sequentially();
@@ -141,6 +141,11 @@ class Matcher {
   __device__ void lift(int done) {
     w_.state->lifted = 1;
     s_.status[rule::kLifted] = merges_ - done;
+  }
+
+  __device__ void deadlock(int done) {
+    s_.status[rule::kDeadlock] = done;
+    if (w_.state->lifted) s_.status[rule::kLifted] -= merges_ - done;  // those that were not made after all
   }
 
   // Copies the matrix (diagonal -inf), clears outputs; false if it holds NaN or is not symmetric.
@@ -373,7 +378,7 @@ class Matcher {
       const Edge<scalar_t> best = first_edge();
       if (best.value == none()) {
         if (compat_ || !exhausted) {
-          if (threadIdx.x == 0) s_.status[rule::kDeadlock] = w_.state->done;
+          if (threadIdx.x == 0) deadlock(w_.state->done);
           return;
         }
         if (threadIdx.x == 0) w_.state->exhausted = 0, lift(w_.state->done);

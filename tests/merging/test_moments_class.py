@@ -214,7 +214,6 @@ def test_zeros_after_relu_stay_exact():
     assert torch.equal(chosen, chosen.float().double())
 
 
-@pytest.mark.xfail(strict=True, reason="a first batch without samples fixes the shift at 0")
 def test_empty_first_batch_does_not_spoil_the_shift():
     x = batch(2048, 3, mean=1000.0)
     moments = Moments(1).update(x[:0]).update(x)
@@ -290,7 +289,6 @@ def test_independent_of_threads(dtype):
             assert torch.equal(first.correlation(), other.correlation())
 
 
-@pytest.mark.xfail(strict=True, reason="the mean of one channel over 32768 samples or more is summed per thread")
 def test_shift_on_a_rounding_boundary_is_independent_of_threads():
     """One large map of one channel, its mean within a few ulps of the middle between two candidates."""
     threads, middle = torch.get_num_threads(), 4 + 2.0**-6

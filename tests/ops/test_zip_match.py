@@ -68,6 +68,7 @@ def reference(case: Case) -> Result:
     return run_list([case], call=zip_match.reference)[0]
 
 
+@np.errstate(invalid="ignore")  # 0 * -inf, for alpha = 0: rows that have left the pool
 def replay(case: Case, result: Result) -> None:
     """Every recorded merge was the first of the best allowed pairs, and the outputs follow from the merges."""
     sim, models, keep, budget, alpha, compat = case
@@ -604,9 +605,6 @@ def test_values_are_judged_even_where_nothing_merges(backend: str, device: str) 
     assert run(Case(sim, 2, 4, 2, 0.3, False), device).status.tolist() == [0, -1, 7, -1]
 
 
-@pytest.mark.xfail(
-    reason="counts all merges still wanted at the lift, also those that a deadlock prevents", strict=True
-)
 def test_lifted_counts_merges_that_were_made(backend: str, device: str) -> None:
     sim = table(
         [0.9, -INF, -INF], [-INF, -INF], [0.8]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..merging.match import in_model_budget
 from ..ops import zip_match
-from ..ops.zip_match import DEADLOCK, NAN_AT
+from ..ops.zip_match import DEADLOCK
 
 
 def compute_correlation(covariance: Tensor, eps: float = 1e-7) -> Tensor:
@@ -60,22 +60,15 @@ def match_tensors_zipit(
     if features % models:
         raise ValueError(f"match_tensors_zipit: {features} features must divide among {models} models (r = {r})")
     budget = in_model_budget(features - keep, models, b, compat=True)
-    dead_diagonal = sims.clone().fill_diagonal_(0)
-    if a > 0 and torch.equal(dead_diagonal, dead_diagonal.T):
-        index, _, value, status = zip_match([sims], models, [keep], [budget], min(float(a), 1.0), True)
-        if a > 1:
-            index, value, stuck = _match_general(sims, models, keep, budget, a)
-        else:
-            stuck = int(status[0, DEADLOCK])
-            if int(status[0, NAN_AT]) >= 0:
-                stuck = -2
-    elif bool(dead_diagonal.isnan().any()):
-        stuck = -2
+    off_diagonal = sims.clone().fill_diagonal_(0)
+    if bool(off_diagonal.isnan().any()):
+        i, j = divmod(int(off_diagonal.isnan().reshape(-1).to(torch.uint8).argmax()), features)
+        raise ValueError(f"match_tensors_zipit: 'metric' must not give NaN, got one at [{i}, {j}]")
+    if 0 < a <= 1 and torch.equal(off_diagonal, off_diagonal.T):
+        index, _, value, status = zip_match([sims], models, [keep], [budget], float(a), True)
+        stuck = int(status[0, DEADLOCK])
     else:
         index, value, stuck = _match_general(sims, models, keep, budget, a)
-    if stuck == -2:
-        i, j = divmod(int(dead_diagonal.isnan().reshape(-1).to(torch.uint8).argmax()), features)
-        raise ValueError(f"match_tensors_zipit: 'metric' must not give NaN, got one at [{i}, {j}]")
     if stuck >= 0:
         raise ValueError(
             f"match_tensors_zipit: no pair is left after {stuck} of {features - keep} merges; the reference would merge "

@@ -55,6 +55,11 @@ def apply_groups(plan: Plan, groups: Mapping[str, Groups], states: Sequence[Mapp
     models = len(states)
     for name, g in groups.items():
         space = plan[name]
+        if space.frozen:
+            raise ValueError(
+                f"apply_groups: space '{name}' must not be merged, as it is frozen ({', '.join(space.frozen)}); "
+                "leave it out of 'groups'"
+            )
         if (g.models, g.size, g.keep) != (models, space.size, space.size):
             raise ValueError(
                 f"apply_groups: groups of space '{name}' must map {models} x {space.size} features to {space.size}, "
@@ -74,8 +79,8 @@ def apply_groups(plan: Plan, groups: Mapping[str, Groups], states: Sequence[Mapp
         if name not in done:
             source = name if name in states[0] else key
             tensors = [_tensor(state, source, m) for m, state in enumerate(states)]
-            done[name] = _merge_tensor(source, tensors, uses.get(name, []))
-        merged[key] = done[name] if name == key or name not in states[0] else done[name].clone()
+            done[name] = _merge_tensor(source, tensors, uses.get(name, []), plan.shapes.get(name))
+        merged[key] = done[name] if name == key else done[name].clone()
     return merged
 
 
@@ -85,8 +90,14 @@ def _tensor(state: Mapping[str, Tensor], name: str, model: int) -> Tensor:
     return state[name].detach()
 
 
-def _merge_tensor(name: str, tensors: list[Tensor], uses: list[tuple[Use, Groups]]) -> Tensor:
+def _merge_tensor(
+    name: str, tensors: list[Tensor], uses: list[tuple[Use, Groups]], shape: tuple[int, ...] | None
+) -> Tensor:
     first = tensors[0]
+    if shape is not None and tuple(first.shape) != shape:
+        raise ValueError(f"apply_groups: '{name}' must have the plan's shape {list(shape)}, got {list(first.shape)}")
+    if first.is_complex():
+        raise TypeError(f"apply_groups: '{name}' must be real, got {first.dtype}; merge its real and imaginary parts")
     for m, t in enumerate(tensors):
         if t.shape != first.shape:
             raise ValueError(

@@ -119,6 +119,8 @@ def match(
     if not sims:
         return []
     labels = list(names) if names is not None else [f"#{i}" for i in range(len(sims))]
+    if len(labels) != len(sims):
+        raise ValueError(f"match: 'names' must have one entry per space ({len(sims)}), got {len(labels)}")
     for sim, label in zip(sims, labels):
         if not isinstance(sim, Tensor) or sim.dim() != 2 or sim.shape[0] != sim.shape[1]:
             got = list(sim.shape) if isinstance(sim, Tensor) else type(sim).__name__
@@ -220,6 +222,10 @@ def match_permutation(correlation: Tensor, models: int = 2) -> Groups:
             f"match_permutation: 'correlation' must be square [M*D, M*D] with M = {models}, got {list(correlation.shape)}"
         )
     size = correlation.shape[0] // models
+    read = correlation[:size, size:]
+    if bool(read.isnan().any()):
+        i, j = divmod(int(read.isnan().reshape(-1).to(torch.uint8).argmax()), read.shape[1])
+        raise ValueError(f"match_permutation: 'correlation' must not hold NaN, got one at [{i}, {j + size}]")
     index = torch.arange(size).repeat(models)
     host = correlation.detach().double().cpu().numpy()
     for m in range(1, models):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
+from .._version import __version__
 from .apply import apply_groups
 from .match import Groups, match, match_identity, match_permutation
 from .moments import Moments, update_all
@@ -70,6 +71,7 @@ def merge(
     example_inputs: tuple[Any, ...],
     data: Iterable[Any],
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     method: Method = "zip",
     alpha: float = 1.0,
     beta: float = 1.0,
@@ -88,9 +90,10 @@ def merge(
 
     Args:
         models: two or more of one architecture; left as they are, train mode included.
-        example_inputs: positional arguments of a forward call, for the export.
+        example_inputs, example_kwargs: arguments of a forward call, for the export.
         data: batches, more than once iterable (a DataLoader or a list). A batch is a tensor, a tuple or list whose first
-            item is the input, or a mapping of keyword arguments. Inputs are moved to the models' device.
+            item is the input, or a mapping of the keyword arguments in ``example_kwargs``. Inputs are
+            moved to the models' device.
         method: ``"zip"``; ``"permute"`` (one feature of each model per group, by scipy's assignment) or ``"average"``
             (feature k with feature k) as baselines.
         alpha, beta, compat: as in :func:`zipfast.match`; 1 and 1 are the best safe choice for whole networks. Spaces
@@ -126,20 +129,26 @@ def merge(
         raise ValueError(f"merge: 'method' must be 'zip', 'permute' or 'average', got {method!r}")
     if len(models) < 2:
         raise ValueError(f"merge: 'models' must hold at least two models, got {len(models)}")
-    if iter(data) is data:
-        raise TypeError("merge: 'data' must be iterable more than once, got an iterator; pass a DataLoader or a list")
+    if isinstance(data, (Iterator, Tensor)):
+        raise TypeError(
+            "merge: 'data' must be batches that can be read more than once, "
+            f"got {'one tensor' if isinstance(data, Tensor) else 'an iterator'}; pass a DataLoader or a list of batches"
+        )
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"merge: 'max_batches' must be at least 1 or None, got {max_batches}")
     if out is not None:
         checkpoint.check_writable(out)
     clock = _Clock()
 
     with clock("export"):
-        graph = _common_graph(models, example_inputs, unknown)
+        graph = _common_graph(models, example_inputs, example_kwargs, unknown)
     plan, states = graph.plan, [dict(m.state_dict(keep_vars=True)) for m in models]
     correlations: dict[str, Tensor] = {}
     if method != "average":
         with clock("moments"):
             moments = gather_moments(graph, states, data, max_batches=max_batches, progress=progress)
-            correlations = {name: m.correlation() for name, m in moments.items()}
+            pair_dead = method == "zip" and not compat
+            correlations = {name: m.correlation(pair_dead=pair_dead) for name, m in moments.items()}
     with clock("match"):
         groups = _match_all(plan, correlations, len(models), method, alpha, beta, compat)
     with clock("apply"):
@@ -155,6 +164,9 @@ def merge(
         "beta": beta,
         "compat": compat,
         "reestimate": reestimate,
+        "max_batches": max_batches,
+        "unknown": unknown,
+        "zipfast": __version__,
         "inputs": [checkpoint.state_hash(s) for s in states],
     }
     merged = Merged(module, plan, groups, correlations, clock.seconds, options)
@@ -209,8 +221,10 @@ class LogitEnsemble(nn.Module):
         return torch.stack([m(*args, **kwargs) for m in self.models]).mean(0)
 
 
-def _common_graph(models: Sequence[nn.Module], example_inputs: tuple[Any, ...], unknown: Any) -> Graph:
-    graphs = [find_spaces(m, example_inputs, unknown=unknown) for m in models]
+def _common_graph(
+    models: Sequence[nn.Module], example_inputs: tuple[Any, ...], example_kwargs: Mapping[str, Any] | None, unknown: Any
+) -> Graph:
+    graphs = [find_spaces(m, example_inputs, example_kwargs, unknown=unknown) for m in models]
     for i, other in enumerate(graphs[1:], 1):
         try:
             graphs[0].plan.same_spaces(other.plan)

@@ -141,11 +141,16 @@ class Moments:
         variance = (sums.comoment.diagonal() / self.count - mean * mean).clamp(min=0)
         return upper + upper.T + torch.diag(variance)
 
-    def correlation(self, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def correlation(self, *, dtype: torch.dtype = torch.float32, pair_dead: bool = False) -> Tensor:
         """Pearson correlation [F, F], symmetric to the bit, in [-1, 1].
 
         A feature whose variance is at rounding level, (2^-18 · mean)² + 1e-30 or less, is dead: its row and column are
         exactly 0, its diagonal too; never NaN.
+
+        Args:
+            dtype: of the result; the computation is float64.
+            pair_dead: give two dead features of equal value (two ReLU channels that are always 0) similarity 1: merging
+                them loses nothing on the data, and leaves more groups to the others.
 
         Raises:
             ValueError: fewer than two samples; a feature that is not finite (model, sample and feature are named);
@@ -165,7 +170,14 @@ class Moments:
                 "ones; check the data and that the models are trained"
             )
         inverse = torch.where(alive, covariance.diagonal(), 1.0).rsqrt() * alive
-        return (covariance * torch.outer(inverse, inverse)).clamp(-1, 1).to(dtype)
+        result = (covariance * torch.outer(inverse, inverse)).clamp(-1, 1)
+        if pair_dead and not bool(alive.all()):
+            dead = (~alive).nonzero()[:, 0]
+            value = mean[dead]
+            size = torch.maximum(value.abs()[:, None], value.abs()[None, :])
+            equal = (value[:, None] - value[None, :]).abs() <= RELATIVE_FLOOR * size
+            result[dead[:, None], dead[None, :]] = equal.to(result.dtype).fill_diagonal_(0)
+        return result.to(dtype)
 
     def check_finite(self) -> None:
         """Read the status the kernels left; one host synchronisation.
@@ -186,7 +198,7 @@ class Moments:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and numbers; :meth:`from_state_dict` restores an equal accumulator."""
         state: dict[str, Any] = {"format": FORMAT, "models": self.models, "name": self.name, "count": self.count}
-        return state if self._sums is None else state | vars(self._sums)
+        return state if self._sums is None else state | {k: v.clone() for k, v in vars(self._sums).items()}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> Moments:
@@ -213,14 +225,20 @@ def update_all(moments: Sequence[Moments], features: Sequence[Sequence[Tensor]],
     flat: list[Tensor] = []
     axis_of: list[int] = []
     sums: list[_Sums] = []
+    added: list[Moments] = []
     with torch.no_grad():
         for space, own, axis in zip(moments, features, axes):
             tensors, axis = _as_stored(space, own, axis)
+            if not tensors[0].numel():
+                continue  # nothing to add, and nothing to choose a shift by
             if space._sums is None:
                 space._sums = _Sums.zeros(_choose_shift(tensors, axis), space.models)
             sums.append(space._sums)
+            added.append(space)
             flat += tensors
             axis_of.append(axis)
+        if not added:
+            return
         moments_(
             [s.comoment for s in sums],
             [s.total for s in sums],
@@ -228,11 +246,11 @@ def update_all(moments: Sequence[Moments], features: Sequence[Sequence[Tensor]],
             flat,
             [s.shift for s in sums],
             axis_of,
-            [m.count for m in moments],
+            [m.count for m in added],
         )
-    for i, (space, axis) in enumerate(zip(moments, axis_of)):
+    for i, (space, axis) in enumerate(zip(added, axis_of)):
         first = flat[i * space.models]
-        space.count += first.numel() // first.shape[axis] if first.numel() else 0
+        space.count += first.numel() // first.shape[axis]
         if first.device.type == "cpu":  # free here; a GPU would have to be waited for
             space.check_finite()
 
@@ -270,10 +288,8 @@ def _choose_shift(features: Sequence[Tensor], axis: int) -> Tensor:
     for x in features:
         positions = x.numel() // max(1, x.shape[0] * x.shape[axis]) if axis else x.numel() // max(1, x.shape[0])
         part = x[: max(1, SHIFT_SAMPLES // max(1, positions))] if axis else x
-        rows = part.movedim(axis, 0).reshape(x.shape[axis], -1).double()
-        if rows.shape[1] == 0:
-            shifts.append(rows.new_zeros(rows.shape[0]))
-            continue
+        # So few that torch does not split a row among threads: the choice must not depend on their number.
+        rows = part.movedim(axis, 0).reshape(x.shape[axis], -1)[:, :SHIFT_SAMPLES].double()
         variance, mean = torch.var_mean(rows, 1, correction=0)
         std = variance.sqrt()
         grid = torch.ldexp(torch.ones_like(std), torch.frexp(std).exponent - 2)  # in [std / 4, std / 2]

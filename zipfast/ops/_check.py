@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MAX_TENSORS = 64  # models in one call: kernel arguments are limited in size
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -25,14 +26,16 @@ def check_tensors(op: str, name: str, value: Sequence[Tensor]) -> None:
 
 
 def check_dtype(op: str, name: str, t: Tensor, wanted: Sequence[torch.dtype]) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: '{name}' must be a tensor, got {type(t).__name__}")
     if t.dtype not in wanted:
         raise TypeError(f"{op}: '{name}' must be {words(wanted)}, got {words([t.dtype])}")
 
 
-def check_same(op: str, name: str, tensors: Sequence[Tensor], first: Tensor | None = None) -> None:
-    """All of one dtype and device (``first``'s, if given)."""
-    first = tensors[0] if first is None else first
-    for i, t in enumerate(tensors):
+def check_same(op: str, name: str, tensors: Sequence[Tensor], start: int = 0) -> None:
+    """All of one dtype and device; ``start`` is the place of the first one in the argument ``name``."""
+    first = tensors[0]
+    for i, t in enumerate(tensors, start):
         if t.dtype != first.dtype:
             raise TypeError(
                 f"{op}: '{name}[{i}]' must be {words([first.dtype])} as the first one, got {words([t.dtype])}"

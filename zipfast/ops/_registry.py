@@ -43,6 +43,7 @@ class Op:
         self.native = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         OPS[self.name] = self
 
+    @torch.no_grad()  # no op has a gradient; without this the reference would keep every batch's graph alive
     def __call__(self, *args: Any) -> Any:
         self.contract(*args)
         if _forced is None:

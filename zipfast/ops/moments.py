@@ -36,11 +36,13 @@ def _contract(
     if len(features) % spaces:
         raise ValueError(f"{NAME}: 'features' must hold M tensors for each of {spaces} spaces, got {len(features)}")
     models = len(features) // spaces
+    if models > check.MAX_TENSORS:
+        raise ValueError(f"{NAME}: 'features' must be of at most {check.MAX_TENSORS} models, got {models}")
     device = features[0].device
     for s in range(spaces):
         own = features[s * models : (s + 1) * models]
         check.check_dtype(NAME, f"features[{s * models}]", own[0], check.FLOATING)
-        check.check_same(NAME, "features", own)
+        check.check_same(NAME, "features", own, s * models)
         check.check_device(NAME, "features", own[0], device)
         if not 0 <= axis[s] < own[0].dim():
             raise ValueError(f"{NAME}: 'axis[{s}]' must be in [0, {own[0].dim()}), got {axis[s]}")
@@ -60,7 +62,7 @@ def _contract(
             check.check_dtype(NAME, name, t, (dtype,))
             check.check_shape(NAME, name, t, shape, letters)
             check.check_device(NAME, name, t, device)
-            if not t.is_contiguous():
+            if t is not shift[s] and not t.is_contiguous():
                 raise ValueError(f"{NAME}: '{name}' must be contiguous, as it is written in place")
 
 
@@ -118,7 +120,9 @@ def moments_(
     models = len(features) // len(comoment)
     for s in range(len(comoment)):
         own = features[s * models : (s + 1) * models]
-        rows = [x.movedim(axis[s], 0).reshape(x.shape[axis[s]], -1).double() for x in own]  # D x samples, each
+        shape = own[0].shape
+        samples = math.prod(shape[: axis[s]] + shape[axis[s] + 1 :])
+        rows = [x.movedim(axis[s], 0).reshape(shape[axis[s]], samples).double() for x in own]
         for m, x in enumerate(rows):
             bad[s][m] = torch.minimum(bad[s][m], _first_bad(x, seen[s]))
         centred = torch.cat(rows) - shift[s][:, None]

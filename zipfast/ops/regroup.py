@@ -16,6 +16,8 @@ def _contract(x: list[Tensor], order: Tensor, start: Tensor, divisor: Tensor | N
     check.check_tensors(NAME, "x", x)
     check.check_dtype(NAME, "x", x[0], check.FLOATING)
     check.check_same(NAME, "x", x)
+    if len(x) > check.MAX_TENSORS:
+        raise ValueError(f"{NAME}: 'x' must hold at most {check.MAX_TENSORS} tensors, got {len(x)}")
     for i, t in enumerate(x):
         if t.shape != x[0].shape:
             raise ValueError(f"{NAME}: 'x[{i}]' must have the shape of x[0], {list(x[0].shape)}, got {list(t.shape)}")
@@ -71,7 +73,7 @@ def regroup(x: list[Tensor], order: Tensor, start: Tensor, divisor: Tensor | Non
         the CUDA kernel, which must not synchronise, writes NaN for that group.
 
     Cost and determinism: each input element read once per membership, each output written once.  Sums run in float64, in
-    the order given, and are rounded once; no atomics, so equal on every run, thread count and backend.
+    the order given, and are rounded once (to 16 bits by way of float32); no atomics, so equal on every run, thread count and backend.
 
     Example:
         >>> import torch
@@ -82,7 +84,14 @@ def regroup(x: list[Tensor], order: Tensor, start: Tensor, divisor: Tensor | Non
 
     Reference: Stoica et al. 2024 (ZipIt!, arXiv 2305.03053), §4.2, eq. 2 to 4.
     """
+    if start.shape[0] == 1:
+        return _fake(x, order, start, divisor, axis)
     stacked = torch.cat(x, axis).movedim(axis, 0).double()
+    inside = ((order >= 0) & (order < stacked.shape[0])).all()
+    torch._assert_async(inside, f"regroup: 'order' must be in [0, {stacked.shape[0]})")
+    torch._assert_async(
+        (start[0] == 0) & (start[-1] == order.shape[0]), "regroup: 'start' must run from 0 to len(order)"
+    )
     out = torch.segment_reduce(stacked[order], "sum", lengths=start[1:] - start[:-1], axis=0, unsafe=False)
     if divisor is not None:
         out = out / divisor.reshape(-1, *[1] * (out.dim() - 1))

@@ -154,6 +154,7 @@ def _match_one(
             best = torch.where(pool[:, None] & pool[None, :], sim, -torch.inf)
         if best.max() == -torch.inf:
             status[0, DEADLOCK] = t
+            status[0, LIFTED] = max(0, int(status[0, LIFTED]) - (merges - t))  # those that were not made after all
             return group, pair, value, status
         i, j = sorted(divmod(int(best.reshape(-1).argmax()), features))
         pair[t, 0], pair[t, 1], value[t] = i, j, best[i, j]
