@@ -73,7 +73,8 @@ def regroup(x: list[Tensor], order: Tensor, start: Tensor, divisor: Tensor | Non
         the CUDA kernel, which must not synchronise, writes NaN for that group.
 
     Cost and determinism: each input element read once per membership, each output written once.  Sums run in float64, in
-    the order given, and are rounded once (to 16 bits by way of float32); no atomics, so equal on every run, thread count and backend.
+    the order given, and are rounded once (to 16 bits by way of float32); no atomics, so equal on every run, thread count
+    and backend.
 
     Example:
         >>> import torch
