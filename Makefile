@@ -36,6 +36,7 @@ demo: $(ENV)/.zipfast-demo
 
 # an edit of csrc is compiled again before the tests see it
 native: $(ENV)/.zipfast-test
+	@mkdir -p build
 	@ZIPFAST_EMU=1 $(PYTHON) setup.py -q build_ext --inplace > build/native.log 2>&1 || { cat build/native.log; exit 1; }
 
 test: native
