@@ -67,7 +67,8 @@ def build(folder: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
 def pytest(place: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
     """Run tests against the package in ``place``; from there, as Python looks in the current folder first."""
     settings = {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
-    used = run(sys.executable, "-c", "import zipfast; print(zipfast.__file__)", env=settings, cwd=place).splitlines()[-1]
+    code = "import zipfast; print(zipfast.__file__)"
+    used = run(sys.executable, "-c", code, env=settings, cwd=place).splitlines()[-1]
     if not Path(used).is_relative_to(place):
         raise SystemExit(f"the tests would run against {used}, not against {place}")
     output = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, env=settings, cwd=place)
@@ -168,7 +169,12 @@ def races() -> None:
     place = build("tsan", "-DZIPFAST_EMU=ON", "-DZIPFAST_SANITIZE=thread", targets=("emu", "cpu"))
     library = run("g++", "-print-file-name=libtsan.so").strip()
     # One torch thread: torch's own OpenMP is not built for the sanitizer. The emulator's threads are.
-    env = {"LD_PRELOAD": library, "TSAN_OPTIONS": "halt_on_error=1", "ZIPFAST_TEST_THREADS": "1", "ZIPFAST_REQUIRE": "emu"}
+    env = {
+        "LD_PRELOAD": library,
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "ZIPFAST_TEST_THREADS": "1",
+        "ZIPFAST_REQUIRE": "emu",
+    }
     # Every kernel on every kind of input; the random loops only repeat them, at 25 times the usual time.
     pytest(place, "-s", OP_TESTS, "-k", "emu and not schedule and not random_in and not complete_linkage", env=env)
 
