@@ -125,7 +125,7 @@ def install() -> None:
     wheels = BUILD / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     # No compiler: a PATH with nothing but the interpreter.
-    env = {"PATH": str(Path(sys.executable).parent), "CXX": ""}
+    env = {"PATH": str(Path(sys.executable).parent), "CXX": "", "ZIPFAST_NATIVE": "auto"}
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ".", env=env)
     wheel = next(wheels.glob("*.whl"))
     if not wheel.name.endswith("py3-none-any.whl"):
