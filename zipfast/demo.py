@@ -223,7 +223,7 @@ def _plot(path: Path, accuracies: dict[str, Accuracy], merged: Merged) -> None:
     left.set_xlim(0, 100)
     left.set_xlabel("test accuracy, % (dotted: chance)")
     left.set_title("Two networks, one merged network")
-    left.legend(loc="lower right", fontsize=8)
+    left.legend(loc="upper right", fontsize=8)
 
     name = next(iter(merged.groups))
     groups, size = merged.groups[name], merged.groups[name].size
