@@ -33,7 +33,7 @@ struct Kernels {
   // Packs sliver j; writes its feature sums.
   void (*pack)(DType, const Source&, const Range&, int64_t j, void* panel, void* rows, double* sums);
   void (*product)(const void* panel, int64_t samples, int64_t features, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                  double* c);
+                  double* c, cpu::Fetch* fetch);
 };
 
 template <class S>
@@ -59,9 +59,9 @@ ZF_INLINE void pack_any(DType dtype, const Source& src, const Range& range, int6
     pack_any<cpu::Shape<__VA_ARGS__>>(t, s, r, j, p, w, u);                                                       \
   }                                                                                                               \
   target void name##_product(const void* p, int64_t n, int64_t f, int64_t i0, int64_t i1, int64_t j0, int64_t j1, \
-                             double* c) {                                                                         \
+                             double* c, cpu::Fetch* fetch) {                                                      \
     using S = cpu::Shape<__VA_ARGS__>;                                                                            \
-    cpu::product_block<S>(static_cast<const S::acc_t*>(p), n, f, i0, i1, j0, j1, c);                              \
+    cpu::product_block<S>(static_cast<const S::acc_t*>(p), n, f, i0, i1, j0, j1, c, fetch);                       \
   }                                                                                                               \
   const Kernels name{cpu::Shape<__VA_ARGS__>::kSliver, cpu::Shape<__VA_ARGS__>::kLanes,                           \
                      sizeof(cpu::Shape<__VA_ARGS__>::acc_t), &name##_pack, &name##_product};
@@ -151,6 +151,18 @@ void pack_slivers(const Kernels& k, const Space& s, const Range& r, int64_t j0, 
   }
 }
 
+// Where the features of a range lie, if each is one piece of memory; else nothing.
+cpu::Fetch lines_of(const Space& s, const Range& r, std::vector<const char*>* starts) {
+  const Source& src = s.src;
+  if (r.outer1 - r.outer0 != 1 || src.inner == 1) return {};
+  const int64_t bytes = s.dtype == DType::f64 ? 8 : s.dtype == DType::f32 ? 4 : 2;
+  starts->resize(src.features());
+  for (int64_t f = 0; f < src.features(); ++f)
+    (*starts)[f] = static_cast<const char*>(src.x[f / src.size]) +
+                   ((r.outer0 * src.size + f % src.size) * src.inner + r.inner0) * bytes;
+  return {starts->data(), src.features(), r.samples() * bytes};
+}
+
 int64_t panel_bytes(const Kernels& k, int64_t features, int64_t samples) {
   const int64_t slivers = (features + k.sliver - 1) / k.sliver, rows = (samples + k.lanes - 1) / k.lanes * k.lanes;
   return slivers * k.sliver * rows * k.acc_bytes;
@@ -166,12 +178,15 @@ void by_slots(const Kernels& k, const Space& s) {
   std::vector<int64_t> bad(slots * s.src.models, kNoBadValue);
   torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
     auto panel = cpu::buffer<char>(panel_bytes(k, F, longest));
+    std::vector<const char*> starts;
     auto rows = cpu::buffer<char>(k.lanes * (cpu::kMaxPanel + k.lanes) * k.acc_bytes);
     for (int64_t slot = begin; slot < end; ++slot)
       for (int64_t p = panels.count() * slot / slots; p < panels.count() * (slot + 1) / slots; ++p) {
         const Range r = panels[p];
         pack_slivers(k, s, r, 0, slivers, panel.get(), rows.get(), &total[slot * F], &bad[slot * s.src.models]);
-        k.product(panel.get(), r.samples(), F, 0, slivers, 0, slivers, &comoment[slot * F * F]);
+        cpu::Fetch fetch;
+        if (p + 1 < panels.count()) fetch = lines_of(s, panels[p + 1], &starts);
+        k.product(panel.get(), r.samples(), F, 0, slivers, 0, slivers, &comoment[slot * F * F], &fetch);
       }
   });
   for (int64_t slot = 0; slot < slots; ++slot) {
@@ -203,7 +218,7 @@ void by_blocks(const Kernels& k, const Space& s) {
       for (int64_t t = begin; t < end; ++t) {
         const auto [i, j] = todo[t];
         k.product(panel.get(), r.samples(), F, i * side, std::min(slivers, (i + 1) * side), j * side,
-                  std::min(slivers, (j + 1) * side), s.comoment);
+                  std::min(slivers, (j + 1) * side), s.comoment, nullptr);
       }
     });
   }

@@ -205,11 +205,25 @@ ZF_INLINE int64_t panel_stride(int64_t samples) {
   return (samples + S::kLanes - 1) / S::kLanes * S::kLanes * S::kSliver;
 }
 
+// Brings the next panel's lines into cache while the products of this one, which hardly touch memory, run.
+struct Fetch {
+  const char* const* row = nullptr;  // where each feature's samples start
+  int64_t rows = 0, bytes = 0;       // features; bytes of each
+  int64_t at = 0, offset = 0;
+  ZF_INLINE void some() {
+    for (int i = 0; i < 8 && at < rows; ++i) {
+      __builtin_prefetch(row[at] + offset);
+      offset += 64;
+      if (offset >= bytes) offset = 0, ++at;
+    }
+  }
+};
+
 // Adds sum over samples of a[k][0 .. kRows) b[k][0 .. kWide * kLanes) to c (float64, `ldc` apart), clipped to rows x
 // cols.
 template <class S, int kWide>
 ZF_INLINE void product_tile(const typename S::acc_t* a, const typename S::acc_t* b, int64_t samples, double* c,
-                            int64_t ldc, int64_t rows, int64_t cols) {
+                            int64_t ldc, int64_t rows, int64_t cols, Fetch* fetch) {
   using acc_t = typename S::acc_t;
   using vec = typename S::vec;
   constexpr int R = S::kRows, V = kWide, P = S::kSliver, L = S::kLanes;
@@ -225,6 +239,7 @@ ZF_INLINE void product_tile(const typename S::acc_t* a, const typename S::acc_t*
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] = vec{};
     for (int64_t k = 0; k < steps; ++k, a += P, b += P) {
+      if (fetch && k % 16 == 0) fetch->some();
       vec bv[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) bv[v] = *reinterpret_cast<const vec*>(b + v * L);
@@ -253,7 +268,7 @@ ZF_INLINE void product_tile(const typename S::acc_t* a, const typename S::acc_t*
 // Adds slivers [i0, i1) x [j0, j1) of panel * panel^T, upper triangle, to c [F, F].
 template <class S>
 ZF_INLINE void product_block(const typename S::acc_t* panel, int64_t samples, int64_t features, int64_t i0, int64_t i1,
-                             int64_t j0, int64_t j1, double* c) {
+                             int64_t j0, int64_t j1, double* c, Fetch* fetch) {
   constexpr int R = S::kRows, P = S::kSliver;
   const int64_t stride = panel_stride<S>(samples);
   for (int64_t j = j0; j < j1; ++j)
@@ -265,11 +280,11 @@ ZF_INLINE void product_block(const typename S::acc_t* panel, int64_t samples, in
         if (i == j && r >= half) {  // on the diagonal the left vectors lie below it
           const int64_t col = j * P + half;
           product_tile<S, 1>(a, b + half, samples, c + row * features + col, features, n_rows,
-                             std::min<int64_t>(P - half, features - col));
+                             std::min<int64_t>(P - half, features - col), fetch);
         } else {
           const int64_t col = j * P;
           product_tile<S, S::kVectors>(a, b, samples, c + row * features + col, features, n_rows,
-                                       std::min<int64_t>(P, features - col));
+                                       std::min<int64_t>(P, features - col), fetch);
         }
       }
 }
