@@ -10,6 +10,8 @@
 //           every block has one owner.
 // Cost: S F^2 / 2 multiply-adds; features are read once.  Memory: one panel (slots: one panel and F^2 float64 each).
 #include <climits>
+#include <cstdlib>
+#include <string>
 
 #include "cpu/panel.h"
 #include "stable.h"
@@ -77,11 +79,14 @@ ZF_KERNELS(avx512_f32, ZF_AVX512, float, 16, 2, 8)
 ZF_KERNELS(avx512_f64, ZF_AVX512, double, 8, 2, 8)
 #endif
 
+// ZIPFAST_SIMD=avx2 or baseline uses less than the processor has, so that every path can be tested on one machine.
 const Kernels& kernels(bool f64) {
 #if defined(__x86_64__)
-  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const std::string most = std::getenv("ZIPFAST_SIMD") ? std::getenv("ZIPFAST_SIMD") : "avx512";
+  static const bool avx512 = most == "avx512" && __builtin_cpu_supports("avx512f") &&
+                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vl");
+  static const bool avx2 = most != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx512) return f64 ? avx512_f64 : avx512_f32;
   if (avx2) return f64 ? avx2_f64 : avx2_f32;
 #endif

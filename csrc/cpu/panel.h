@@ -24,7 +24,6 @@
 namespace zipfast::cpu {
 
 constexpr int64_t kMaxPanel = 1024;  // samples packed at a time
-constexpr int64_t kShortSum = 16;    // features summed in float32 before the float64 sum takes over
 constexpr int64_t kFlush = 256;      // products summed in registers, in float32, before the float64 sum takes over
 
 // Features of one space as they lie in memory: M tensors [outer, size, inner], stacked to F = M * size rows.
@@ -144,8 +143,8 @@ ZF_INLINE void pack_sliver(const Source& src, const Range& range, int64_t j, typ
       const int64_t m = f / src.size, d = f % src.size, width = std::min(P - c0, src.size - d);
       acc_t shift[P];
       for (int64_t c = 0; c < width; ++c) shift[c] = acc_t(src.shift[f + c]);
-      for (int64_t k0 = 0; k0 < K; k0 += kShortSum) {
-        const int64_t k1 = std::min(K, k0 + kShortSum);
+      for (int64_t k0 = 0; k0 < K; k0 += L) {
+        const int64_t k1 = std::min<int64_t>(K, k0 + L);
         acc_t total[P] = {};
         for (int64_t k = k0; k < k1; ++k) {
           const scalar_t* p = x[m] + (range.outer0 + k) * src.size + d;
@@ -219,14 +218,13 @@ struct Fetch {
   }
 };
 
-// Adds sum over samples of a[k][0 .. kRows) b[k][0 .. kWide * kLanes) to c (float64, `ldc` apart), clipped to rows x
-// cols.
-template <class S, int kWide>
+// Adds sum over samples of a[k][0 .. kRows) b[k][0 .. kWide * L) to c (float64, `ldc` apart), clipped to rows x cols.
+template <class S, int kWide, int L = S::kLanes>
 ZF_INLINE void product_tile(const typename S::acc_t* a, const typename S::acc_t* b, int64_t samples, double* c,
                             int64_t ldc, int64_t rows, int64_t cols, Fetch* fetch) {
   using acc_t = typename S::acc_t;
-  using vec = typename S::vec;
-  constexpr int R = S::kRows, V = kWide, P = S::kSliver, L = S::kLanes;
+  typedef acc_t vec __attribute__((vector_size(sizeof(acc_t) * L)));
+  constexpr int R = S::kRows, V = kWide, P = S::kSliver;
   // The tile's float64 lines arrive while the products run.
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < cols; k += 8) __builtin_prefetch(c + r * ldc + k, 1);
@@ -269,23 +267,28 @@ ZF_INLINE void product_tile(const typename S::acc_t* a, const typename S::acc_t*
 template <class S>
 ZF_INLINE void product_block(const typename S::acc_t* panel, int64_t samples, int64_t features, int64_t i0, int64_t i1,
                              int64_t j0, int64_t j1, double* c, Fetch* fetch) {
-  constexpr int R = S::kRows, P = S::kSliver;
+  constexpr int R = S::kRows, P = S::kSliver, L = S::kLanes;
+  static_assert(S::kVectors == 2 && (L % R == 0 || R == P));
   const int64_t stride = panel_stride<S>(samples);
   for (int64_t j = j0; j < j1; ++j)
     for (int64_t i = i0; i < i1 && i <= j; ++i)
       for (int64_t r = 0; r < P && i * P + r < features; r += R) {
-        const int64_t row = i * P + r, half = S::kLanes * (S::kVectors - 1);
+        const int64_t row = i * P + r, n_rows = std::min<int64_t>(R, features - row);
         const auto *a = panel + i * stride + r, *b = panel + j * stride;
-        const int64_t n_rows = std::min<int64_t>(R, features - row);
-        if (i == j && r >= half) {  // on the diagonal the left vectors lie below it
-          const int64_t col = j * P + half;
-          product_tile<S, 1>(a, b + half, samples, c + row * features + col, features, n_rows,
-                             std::min<int64_t>(P - half, features - col), fetch);
-        } else {
-          const int64_t col = j * P;
-          product_tile<S, S::kVectors>(a, b, samples, c + row * features + col, features, n_rows,
-                                       std::min<int64_t>(P, features - col), fetch);
+        // On the diagonal what lies left of column r is below it: a tile starts there, with half a vector if need be.
+        int64_t first = i == j ? r : 0;
+        const auto columns = [&](int64_t n) { return std::min<int64_t>(n, features - j * P - first); };
+        const auto at = [&] { return c + row * features + j * P + first; };
+        if constexpr (2 * R == L) {
+          if (first % L) {
+            product_tile<S, 1, R>(a, b + first, samples, at(), features, n_rows, columns(R), fetch);
+            first += R;
+          }
         }
+        if (first == 0)
+          product_tile<S, 2>(a, b, samples, at(), features, n_rows, columns(P), fetch);
+        else if (first < P && columns(L) > 0)
+          product_tile<S, 1>(a, b + first, samples, at(), features, n_rows, columns(L), fetch);
       }
 }
 

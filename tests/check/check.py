@@ -6,6 +6,7 @@ cuda       every .cu compiled for all architectures, warnings and register spill
 load       the CUDA library loads under a torch without CUDA and has a kernel for each op
 symbols    the libraries use torch's stable ABI only, and no Python
 install    a machine without a compiler gets a pure wheel, and the package warns once and works
+simd       the C++ product kernels for AVX2 and for the baseline, whatever this processor has
 seeds      the emulated CUDA kernels under several schedules
 sanitize   C++ kernels under address and undefined-behaviour sanitizers, with assertions on
 races      CUDA kernels on the emulator under the thread sanitizer
@@ -145,6 +146,13 @@ def install() -> None:
     print("   ", run(sys.executable, "-c", code, env={"PYTHONPATH": str(place)}, cwd=place).strip())
 
 
+def simd() -> None:
+    place = build("emu", "-DZIPFAST_EMU=ON")
+    for level in ("avx2", "baseline"):
+        env = {"ZIPFAST_SIMD": level, "ZIPFAST_REQUIRE": "cpu"}
+        pytest(place, f"{OP_TESTS}/test_moments.py", "-k", "cpu", env=env)
+
+
 def seeds() -> None:
     place = build("emu", "-DZIPFAST_EMU=ON")
     for seed in range(4):
@@ -180,7 +188,7 @@ def races() -> None:
 
 
 STEPS: dict[str, Callable[[], object]] = {
-    f.__name__: f for f in (lint, cuda, load, symbols, install, seeds, sanitize, races)
+    f.__name__: f for f in (lint, cuda, load, symbols, install, simd, seeds, sanitize, races)
 }
 
 

@@ -110,7 +110,7 @@ def moments_(
         TypeError, ValueError, RuntimeError: dtype, shape, device.
 
     Cost and determinism: S·F²/2 multiply-adds, inputs read once, no copy of the features.  Products of float32, float16
-    and bfloat16 inputs run in float32 over at most 256 samples, then in float64 (sums of features: 16); float64
+    and bfloat16 inputs run in float32 over at most 256 samples, then in float64 (sums of features: at most 16); float64
     inputs run in float64 throughout.  The work is cut by shape alone: equal bits for every thread count, whatever
     ``torch.set_float32_matmul_precision`` and ``allow_tf32`` say.
 
