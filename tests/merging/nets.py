@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zipfast import zoo
+from zipfast.merging import permute, random_permutations
 
 
 class UNet(nn.Module):
@@ -95,7 +98,7 @@ class Sequence1d(nn.Module):
 
 
 class Volume(nn.Module):
-    """3-d convolutions with a grouped one, which is frozen."""
+    """3-d convolutions with a grouped one, whose groups are permuted as blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +142,7 @@ NETS = {
     "squeeze_excite": (SqueezeExcite, IMAGE, 2),
     "option_a": (OptionA, IMAGE, 3),
     "sequence_1d": (Sequence1d, (2, 12), 4),
-    "volume": (Volume, (1, 6, 6, 6), 2),
+    "volume": (Volume, (1, 6, 6, 6), 5),
 }
 
 
@@ -161,38 +164,19 @@ def randomise(net: nn.Module) -> nn.Module:
     return net
 
 
-def permute_use(tensor: Tensor, use, size: int, order: Tensor) -> Tensor:
-    """Reorder the features along one use, its axis segment being [outer, size, block] from `offset` on."""
-    positions = torch.arange(tensor.shape[use.axis])
-    segment = positions[use.offset : use.offset + use.outer * size * use.block].clone()
-    moved = segment.view(use.outer, size, use.block)[:, order].reshape(-1)
-    positions[use.offset : use.offset + len(moved)] = moved
-    return tensor.index_select(use.axis, positions)
+__all__ = ["NETS", "build", "output_of", "permute_state", "random_permutations", "randomise"]
 
 
-def random_orders(plan, seed: int = 0) -> dict[str, Tensor]:
-    """A permutation without fixed points for each mergeable space of more than one feature."""
-    generator = torch.Generator().manual_seed(seed)
-    orders = {}
-    for space in plan.mergeable:
-        ring = torch.randperm(space.size, generator=generator)
-        order = torch.empty_like(ring)
-        order[ring] = ring.roll(1)  # one cycle through all features
-        orders[space.name] = order
-    return orders
-
-
-def permute_state(state, plan, orders, skip=None) -> dict[str, Tensor]:
-    """A state dict with every space reordered along all its uses, but for (space name, use index) `skip`."""
-    new = dict(state)
-    for space in plan.mergeable:
-        for i, use in enumerate(space.uses):
-            if space.name in orders and (space.name, i) != skip:
-                new[use.param] = permute_use(new[use.param], use, space.size, orders[space.name])
-    for name, others in plan.aliases.items():
-        for other in others:
-            new[other] = new[name]
-    return new
+def permute_state(state, plan, permutations, skip=None) -> dict[str, Tensor]:
+    """A state dict with spaces reordered along all their uses, but for (space name, use index) `skip`."""
+    if skip is not None:
+        name, left_out = skip
+        spaces = [
+            replace(space, uses=tuple(use for i, use in enumerate(space.uses) if space.name != name or i != left_out))
+            for space in plan.spaces
+        ]
+        plan = replace(plan, spaces=tuple(spaces))
+    return permute(plan, permutations, state)
 
 
 def output_of(value) -> Tensor:

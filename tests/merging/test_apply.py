@@ -299,9 +299,13 @@ def test_unknown_space():
 
 
 def test_two_output_axes():
+    # A mean over both axes has no members where one group is of A alone and the other of B: only permutations fit.
     plan = plan_of([Space("s", 4, (Use("w", 0, "produce"), Use("w", 1, "ride")))], {"w": (4, 4)})
+    states = states_of({"w": (4, 4)}, 2)
     with pytest.raises(ValueError, match=r"'w' must have one merged output axis, got axes \[0, 1\]"):
-        apply_groups(plan, {"s": match_identity(2, 4)}, states_of({"w": (4, 4)}, 2))
+        apply_groups(plan, {"s": random_groups(2, 4)}, states)
+    merged = apply_groups(plan, {"s": match_identity(2, 4)}, states)
+    assert_close(merged["w"], (states[0]["w"] + states[1]["w"]) / 2)
 
 
 def test_groups_of_a_frozen_space():

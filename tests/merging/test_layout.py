@@ -7,6 +7,7 @@ from zipfast.merging.layout import (
     Atom,
     Concat,
     Product,
+    alternative,
     concat,
     divide,
     flag,
@@ -14,10 +15,13 @@ from zipfast.merging.layout import (
     is_frozen,
     leaves,
     one,
+    own_atom,
+    parents_of,
     places,
-    positions_of,
+    places_of,
     product,
     resolve,
+    settle,
     size_of,
     unify,
 )
@@ -26,6 +30,11 @@ from zipfast.merging.layout import (
 def sizes(layout):
     """[[factor sizes] per segment]"""
     return [[size_of(factor) for factor in factors] for _, factors in places(layout)]
+
+
+def where(layout, atom):
+    """(offset, outer, block) of each place of an atom."""
+    return [(place.offset, place.outer, place.block) for place in places_of(layout, atom)]
 
 
 def test_terms_are_flattened_and_trivial_parts_vanish():
@@ -40,8 +49,9 @@ def test_a_concatenation_outside_a_product_is_distributed():
     a, b, c = Atom(2), Atom(3), Atom(4)
     term = product(concat(a, b), c)
     assert isinstance(term, Concat) and sizes(term) == [[2, 4], [3, 4]]
-    assert list(positions_of(term, b)) == [(8, 1, 4)]
-    assert list(positions_of(term, c)) == [(0, 2, 1), (8, 3, 1)]
+    assert where(term, b) == [(8, 1, 4)]
+    assert where(term, c) == [(0, 2, 1), (8, 3, 1)]
+    assert [place.strides for place in places_of(term, c)] == [{a: 4}, {b: 4}]
 
 
 def test_atoms_become_one():
@@ -118,3 +128,59 @@ def test_sizes_must_agree():
         unify(Atom(3), Atom(4))
     with pytest.raises(ValueError, match=r"divide: 'sizes' must make up the axis of size 6, got \[4, 2\]"):
         divide(Atom(6), Product, [4, 2])
+
+
+def test_inner_factors_of_an_axis_may_depend_on_outer_ones():
+    axis = own_atom(12)
+    heads, width = divide(axis, Product, [3, 4])
+    assert parents_of(width) == {heads} and parents_of(heads) == set()
+
+
+def test_what_two_axes_allow_holds_for_both():
+    first, second = own_atom(12), own_atom(4)  # e.g. a projection, and a norm with one scale per feature of a head
+    heads, width = divide(first, Product, [3, 4])
+    unify(width, second)
+    assert parents_of(resolve(width)) == set()
+    assert parents_of(heads) == set()
+
+
+def test_dependence_is_evaluated_when_all_is_known():
+    # Two projections: their widths meet before their heads do, as in q kT.
+    (heads_q, width_q), (heads_k, width_k) = (divide(own_atom(12), Product, [3, 4]) for _ in range(2))
+    unify(width_q, width_k)
+    assert parents_of(resolve(width_q)) == set()
+    unify(heads_q, heads_k)
+    assert parents_of(resolve(width_q)) == {resolve(heads_q)}
+
+
+def test_an_atom_without_limits_stands_for_equal_values():
+    free, axis = Atom(4), own_atom(12)
+    _, width = divide(axis, Product, [3, 4])
+    unify(free, width)  # e.g. a mask that was expanded over the width
+    assert parents_of(resolve(width)) == {leaves(axis)[0]}
+
+
+def test_a_stack_gives_what_lies_inside_it_atoms_of_its_own():
+    axis = own_atom(3 * 2 * 4)
+    three, heads, width = divide(axis, Product, [3, 2, 4])
+    three.stack = True
+    freeze(three, "select")
+    picked = [[alternative(layout, three, i) for layout in (heads, width)] for i in range(3)]
+    assert sizes(axis) == [[2, 4]] * 3
+    assert len({id(layout) for pair in picked for layout in pair}) == 6
+    for own_heads, own_width in picked:
+        assert parents_of(own_width) == {own_heads}
+    unify(picked[0][0], picked[1][0])
+    settle([three])
+    assert resolve(picked[0][0]) is resolve(picked[1][0]) is not resolve(picked[2][0])
+    assert where(axis, resolve(picked[1][1])) == [(8, 2, 1)]
+
+
+def test_what_is_found_out_later_holds_for_the_alternatives():
+    axis = own_atom(2 * 6)
+    two, width = divide(axis, Product, [2, 6])
+    two.stack = True
+    first, second = (alternative(width, two, i) for i in range(2))
+    unify(width, own_atom(6))  # the same order for both, after all
+    settle([two])
+    assert resolve(first) is resolve(second)

@@ -49,8 +49,8 @@ def test_json_round_trip_of_every_field():
     ("text", "match"),
     [
         ("{", "'text' must be JSON"),
-        ("[]", "'format' must be 'zipfast.plan/1', got 'list'"),
-        ('{"format": "other/2"}', "'format' must be 'zipfast.plan/1', got 'other/2'"),
+        ("[]", "'format' must be 'zipfast.plan/2', got 'list'"),
+        ('{"format": "other/2"}', "'format' must be 'zipfast.plan/2', got 'other/2'"),
     ],
 )
 def test_json_that_is_no_plan(text, match):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .layout import Layout, flag, freeze, frozen_atom, is_frozen, one, size_of, unify
+from .layout import Atom, Layout, flag, freeze, frozen_atom, leaves, one, size_of, unify
 
 
 class UnknownOpError(ValueError):
@@ -64,6 +64,7 @@ class ParamUse:
     axis: int | None
     layout: Layout
     role: str
+    at: Node | None = None  # the node that uses it
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Read:
     node: Node
     axis: int
     how: str
+    at: Node | None = None  # the node that reads it
 
 
 # Ops that only rename or reorder a weight's axes; any other op between a weight and its use makes it reparametrised.
@@ -90,6 +92,8 @@ class Flow:
     weights: dict[Node, frozenset[Node]] = field(default_factory=dict)  # value made of parameters alone -> its roots
     uses: list[ParamUse] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    stacks: list[Atom] = field(default_factory=list)  # axes that are indexed by number, see layout.alternative
+    current: Node | None = None  # the node whose rule runs
 
     def axes(self, node: Node) -> list[Layout]:
         """One layout per axis of a node's value."""
@@ -129,9 +133,9 @@ class Flow:
         for root in roots:
             exact = [axis for axis, own in enumerate(self.layouts[root]) if own is layout]
             for axis in exact:
-                self.uses.append(ParamUse(root, axis, layout, role))
+                self.uses.append(ParamUse(root, axis, layout, role, self.current))
             if not exact:
-                self.uses.append(ParamUse(root, None, layout, role))
+                self.uses.append(ParamUse(root, None, layout, role, self.current))
 
     def contract(self, x: Node, x_axis: int, weight: Node, weight_axis: int) -> None:
         """A sum over one axis of both operands: the weight's axis consumes the features of x."""
@@ -146,7 +150,7 @@ class Flow:
 
     def read(self, node: Node, axis: int, how: str) -> None:
         """Record that a value's axis is summed over."""
-        self.reads.append(Read(node, axis % len(self.axes(node)), how))
+        self.reads.append(Read(node, axis % len(self.axes(node)), how, self.current))
 
     def produce(self, weight: Node, axis: int, bias: Node | None = None) -> Layout:
         """The features that an output axis of a weight makes, and its bias with it."""
@@ -167,14 +171,15 @@ def apply_rule(flow: Flow, node: Node, unknown: str) -> Any:
     Raises:
         UnknownOpError: the op has no rule, and `unknown` is 'error'.
     """
-    name = op_name(node)
+    name, flow.current = op_name(node), node
     if name in RULES:
         # dtype, device and memory format say nothing about axes
         kwargs = {k: v for k, v in node.kwargs.items() if k not in ("dtype", "device", "layout", "memory_format")}
         return RULES[name](flow, node, *node.args, **kwargs)
     inputs = [axis for source in node.all_input_nodes for axis in _flat(flow.layouts[source])]
-    # Where nothing may be permuted on the way in, nothing changes on the way out: masks, positions, images.
-    if not all(is_frozen(axis) for axis in inputs):
+    # Where nothing may be permuted on the way in, nothing changes on the way out: masks, positions, images. An atom
+    # without limits is equal everywhere, so that its order says nothing.
+    if any(not atom.reasons and atom.limits for axis in inputs for atom in leaves(axis)):
         if unknown == "error":
             full = str(node.target).removesuffix(".default") if name != "getitem" else "getitem"
             raise UnknownOpError(

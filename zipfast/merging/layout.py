@@ -10,7 +10,14 @@ An axis is described by one of three terms:
 Unifying two terms says "these two axes carry the same features". What remains are the permutations that both allow, so
 an atom may later turn out to be a product or a concatenation; it then points to that term.
 
-Rules that hold after every call (each has a debug assertion below):
+An atom may *depend* on atoms outside it: the features inside an attention head have one order per head. What an atom may
+depend on is noted as `limits`, one per axis that it came from, and only evaluated when all axes are known
+(`parents_of`): heads that are found to be the same later must count as the same.
+
+An axis that is indexed by number (q, k, v of a fused projection) is a *stack*: what lies inside it gets atoms of its own
+for each index (`alternative`), and a product with a stack outermost reads as a concatenation.
+
+Rules that hold after every call (1 to 5 have a debug assertion below):
 
 1. Two axes are only ever unified at equal size.
 2. A product has no part that is a product, no part of size 1 and no concatenation as its outermost part (it is
@@ -18,6 +25,7 @@ Rules that hold after every call (each has a debug assertion below):
 3. A concatenation has no part that is a concatenation, and at least two parts.
 4. An atom never points to a term that contains it: a part is always smaller than its whole.
 5. A refused unification freezes both sides: the identity is the one permutation that always fits.
+6. An atom without limits stands for values that are equal everywhere (an expanded axis, zeros): any order fits.
 
 Cost: each call walks its terms, a handful of parts for any network seen so far; nothing here touches tensor data.
 """
@@ -35,13 +43,18 @@ CONFLICT = "layout conflict"
 class Atom:
     """A set of `size` features. `reasons`: why it is frozen (empty: it is not). `flags`: limits on merging it.
 
-    `target` is set once the atom was found to be the same as another term; `resolve` follows it.
+    `target` is set once the atom was found to be the same as another term; `resolve` follows it. `limits`: sets of atoms
+    that its order may depend on, all of which hold (none: rule 6). `stack`, `alternatives`, `split`: see `alternative`.
     """
 
     size: int
     reasons: set[str] = field(default_factory=set)
     flags: set[str] = field(default_factory=set)
     target: Layout | None = None
+    limits: set[frozenset[Atom]] = field(default_factory=set, repr=False)
+    stack: bool = False
+    alternatives: dict[tuple[Atom, int], Atom] = field(default_factory=dict, repr=False)
+    split: list[Atom] = field(default_factory=list, repr=False)  # of a stack: atoms that have alternatives under it
 
 
 @dataclass(eq=False)
@@ -66,6 +79,11 @@ def frozen_atom(size: int, *reasons: str) -> Atom:
     return Atom(size, set(reasons))
 
 
+def own_atom(size: int) -> Atom:
+    """The atom of a whole tensor axis: its order depends on nothing outside it."""
+    return Atom(size, limits={frozenset()})
+
+
 def one() -> Atom:
     """The layout of an axis of size 1: nothing to permute."""
     return frozen_atom(1, "size 1")
@@ -82,7 +100,7 @@ def size_of(layout: Layout) -> int:
 def resolve(layout: Layout) -> Layout:
     """The term that `layout` stands for today: atoms followed to their end, nested terms flattened."""
     if isinstance(layout, Product):
-        return product(*layout.parts)
+        return product(*layout.parts)  # rebuilt, as its outermost factor may have become a stack
     if isinstance(layout, Concat):
         return concat(*layout.parts)
     if layout.target is None:
@@ -104,6 +122,8 @@ def product(*parts: Layout) -> Layout:
     if len(flat) == 1:
         return flat[0]
     head = flat[0]
+    if isinstance(head, Atom) and head.stack:
+        return concat(*(product(*(alternative(part, head, i) for part in flat[1:])) for i in range(head.size)))
     if isinstance(head, Concat):
         return concat(*(product(segment, *flat[1:]) for segment in head.parts))
     assert not any(isinstance(part, Product) for part in flat), "rule 2: nested product"
@@ -185,7 +205,20 @@ def _point(atom: Atom, term: Layout) -> None:
     assert not atom.reasons, "a frozen atom must have been met by _share_reasons"
     for leaf in inside:
         leaf.flags |= atom.flags
+    _restrict(term, atom.limits)
     atom.target = term
+
+
+def _restrict(term: Layout, limits: set[frozenset[Atom]]) -> None:
+    """What an atom may depend on holds for the parts it turned out to have; inner factors may depend on outer ones too."""
+    term = resolve(term)
+    if isinstance(term, Atom):
+        term.limits |= limits
+        return
+    for part in term.parts:
+        _restrict(part, limits)
+        if isinstance(term, Product):
+            limits = {limit | frozenset(leaves(part)) for limit in limits}
 
 
 def _conflict(s: Layout, t: Layout) -> None:
@@ -255,10 +288,68 @@ def places(layout: Layout) -> Iterator[tuple[int, list[Layout]]]:
         offset += size_of(segment)
 
 
-def positions_of(layout: Layout, atom: Atom) -> Iterator[tuple[int, int, int]]:
-    """(offset, outer, block) of each place of `atom` along an axis: there the axis reads [outer, atom.size, block]."""
+@dataclass(frozen=True)
+class Place:
+    """Where an atom lies along an axis: from `offset` on the axis reads [outer, atom.size, block].
+
+    strides: of the atoms outside it in the same segment, by atom: position // stride % size is that atom's index.
+    """
+
+    offset: int
+    outer: int
+    block: int
+    strides: dict[Atom, int]
+
+
+def places_of(layout: Layout, atom: Atom) -> Iterator[Place]:
+    """Each place of `atom` along an axis."""
     for offset, factors in places(layout):
         sizes = [size_of(factor) for factor in factors]
         for i, factor in enumerate(factors):
             if factor is atom:
-                yield offset, math.prod(sizes[:i]), math.prod(sizes[i + 1 :])
+                strides = {f: math.prod(sizes[j + 1 :]) for j, f in enumerate(factors[:i]) if isinstance(f, Atom)}
+                yield Place(offset, math.prod(sizes[:i]), math.prod(sizes[i + 1 :]), strides)
+
+
+# ------------------------------------------------------------------------------------------ dependence and stacks
+
+
+def _spread(atoms: frozenset[Atom]) -> set[Atom]:
+    """What a limit's atoms stand for today."""
+    return {leaf for atom in atoms for leaf in leaves(atom)}
+
+
+def parents_of(atom: Atom) -> set[Atom]:
+    """The atoms that the order of `atom` may depend on: those that every axis it came from allows."""
+    return set.intersection(*map(_spread, atom.limits)) if atom.limits else set()
+
+
+def alternative(layout: Layout, stack: Atom, index: int) -> Layout:
+    """What `layout` is at one index of a stack: atoms that depend on the stack become atoms of their own."""
+    term = resolve(layout)
+    if not isinstance(term, Atom):
+        parts = [alternative(part, stack, index) for part in term.parts]
+        return product(*parts) if isinstance(term, Product) else concat(*parts)
+    if stack not in parents_of(term):
+        return term
+    if (stack, index) not in term.alternatives:
+        new = Atom(term.size, set(term.reasons), set(term.flags))
+        term.alternatives[stack, index] = new
+        new.limits = {
+            frozenset(leaf for other in _spread(limit) - {stack} for leaf in leaves(alternative(other, stack, index)))
+            for limit in term.limits
+        }
+        if term not in stack.split:
+            stack.split.append(term)
+    return term.alternatives[stack, index]
+
+
+def settle(stacks: Sequence[Atom]) -> None:
+    """Carry over what was found out about atoms after their alternatives were made."""
+    for stack in stacks:
+        for atom in stack.split:  # grows while it is walked
+            for (other, index), made in list(atom.alternatives.items()):
+                if other is stack and (resolve(atom) is not atom or stack not in parents_of(atom)):
+                    unify(made, alternative(atom, stack, index))
+                elif other is stack and atom.reasons:
+                    _share_reasons(made, atom)

@@ -26,6 +26,7 @@ from .layout import (
     Concat,
     Layout,
     Product,
+    alternative,
     concat,
     divide,
     flag,
@@ -67,7 +68,7 @@ def _prelu(flow: Flow, node: Node, x: Node, weight: Node) -> list[Layout]:
     return list(axes)
 
 
-@rule("softmax", "log_softmax")
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
 def _softmax(flow: Flow, node: Node, x: Node, dim: int, *args: Any) -> list[Layout]:
     """Axes pass; along `dim` only a permutation is exact."""
     flag(flow.axes(x)[dim], "softmax")
@@ -114,6 +115,58 @@ def _matmul(flow: Flow, node: Node, x: Node, y: Node) -> list[Layout]:
     return flow.broadcast(sizes[: len(sizes) - len(tail)], [x_axes[:-2], y_axes[:-2]]) + tail
 
 
+@rule("einsum")
+def _einsum(flow: Flow, node: Node, equation: str, tensors: Sequence[Node], **kwargs: Any) -> list[Layout]:
+    """Equal letters unify; a letter that both operands have and the result has not is summed over."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    letters = terms.split(",")
+    if "." in equation or not result or len(letters) != 2 or any(len(set(t)) != len(t) for t in letters):
+        raise ValueError(f"einsum '{equation}' is not of the form 'ab,bc->ac' with two operands")
+    (x, y), (of_x, of_y) = tensors, letters
+    found: dict[str, Layout] = {}
+    for tensor, names in ((x, of_x), (y, of_y)):
+        for name, layout in zip(names, flow.axes(tensor)):
+            if size_of(layout) != 1:
+                unify(found.setdefault(name, layout), layout)
+    weight, other, of_weight, of_other = (x, y, of_x, of_y) if flow.is_weight(x) else (y, x, of_y, of_x)
+    for name in dict.fromkeys(of_x + of_y):
+        shared = name in of_x and name in of_y
+        if name not in result and shared:
+            flow.contract(other, of_other.index(name), weight, of_weight.index(name))
+        elif name not in result:
+            flag(found.get(name, one()), "mean")
+        elif name in of_weight and not shared:
+            flow.produce(weight, of_weight.index(name))
+    return [found.get(name, one()) for name in result]
+
+
+@rule("scaled_dot_product_attention")
+def _attention(
+    flow: Flow, node: Node, q: Node, k: Node, v: Node, mask: Node | None = None, *args: Any, **kwargs: Any
+) -> list[Layout]:
+    """softmax(q kᵀ) v: heads unify, the width of q meets that of k, the width of v passes to the result.
+
+    With grouped queries the heads of q are blocks, one for each head of k and v.
+    """
+    q_axes, k_axes, v_axes = flow.axes(q), flow.axes(k), flow.axes(v)
+    sizes = shape_of(node)
+    if len(q_axes) > 2 and size_of(q_axes[-3]) != size_of(k_axes[-3]):
+        heads = size_of(k_axes[-3])
+        outer, _ = divide(q_axes[-3], Product, [heads, size_of(q_axes[-3]) // heads])
+        unify(outer, k_axes[-3])
+        unify(k_axes[-3], v_axes[-3])
+        lead = flow.broadcast(sizes[:-3], [axes[:-3] for axes in (q_axes, k_axes, v_axes)]) + [q_axes[-3]]
+    else:
+        lead = flow.broadcast(sizes[:-2], [axes[:-2] for axes in (q_axes, k_axes, v_axes)])
+    flow.contract(q, -1, k, -1)
+    unify(k_axes[-2], v_axes[-2])
+    flag(k_axes[-2], "softmax")
+    scores = [*lead, q_axes[-2], k_axes[-2]]
+    if mask is not None:
+        flow.broadcast([size_of(axis) for axis in scores], [scores, flow.axes(mask)])
+    return [*lead, q_axes[-2], v_axes[-1]]
+
+
 def _freeze_positions(kernel: Sequence[Layout], spatial: Sequence[Layout]) -> None:
     # Whoever mixes neighbours gives its positions a meaning, also where a reshape made them of features.
     for axis in kernel:
@@ -130,26 +183,40 @@ def _conv(
     groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
     axes, weight_axes = flow.axes(x), flow.axes(weight)
     batched = len(axes) == len(weight_axes)
-    channels = axes[1 if batched else 0]
     _freeze_positions(weight_axes[2:], axes[2 if batched else 1 :])
     if groups == 1:
         flow.contract(x, 1 if batched else 0, weight, 1)
         out = flow.produce(weight, 0, bias)
     else:
         out = weight_axes[0]
-        if groups == size_of(channels):  # depthwise; with a multiplier, each channel owns a block of outputs
-            inner = Atom(size_of(out) // groups)
-            unify(out, product(channels, inner))
-            if inner.size > 1 and flow.is_weight(weight):
-                flow.note(weight, inner, "produce")
-        else:
-            # Groups could be permuted as blocks, but each block is one feature space of its own only in part.
-            for axis in (channels, out, weight_axes[1]):
-                freeze(axis, "grouped conv")
+        _grouped(flow, x, 1 if batched else 0, weight, out, weight_axes[1], groups)
         if bias is not None:
             unify(out, flow.axes(bias)[0])
     spatial = flow.fresh(node, "spatial")
     return [axes[0], out, *spatial[2:]] if batched else [out, *spatial[1:]]
+
+
+def _grouped(
+    flow: Flow, x: Node, axis: int, weight: Node, grouped: Layout, inner: Layout, groups: int, transposed: bool = False
+) -> Layout:
+    """Channels are groups x width on both sides, and whole groups may be permuted. Returns the output's channels.
+
+    `grouped` is the weight's axis that holds the groups, `inner` the other one, which all groups share.
+    """
+    channels = flow.axes(x)[axis]
+    group, width_in = divide(channels, Product, [groups, size_of(channels) // groups])
+    width_out = Atom(size_of(inner) if transposed else size_of(grouped) // groups)
+    out = product(group, width_out)
+    unify(grouped, product(group, width_in) if transposed else out)
+    if size_of(inner) > 1:
+        unify(inner, width_out if transposed else width_in)
+    if flow.is_weight(weight):
+        if size_of(width_in) > 1:
+            flow.note(weight, width_in, "consume")
+            flow.read(x, axis, "consume")
+        if width_out.size > 1:
+            flow.note(weight, width_out, "produce")
+    return out
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -164,14 +231,10 @@ def _conv_transpose(
     if groups == 1:
         flow.contract(x, 1, weight, 0)
         return [axes[0], flow.produce(weight, 1, bias), *spatial[2:]]
-    if groups == size_of(axes[1]) and size_of(weight_axes[1]) == 1:
-        unify(axes[1], weight_axes[0])
-        if bias is not None:
-            unify(axes[1], flow.axes(bias)[0])
-        return [axes[0], axes[1], *spatial[2:]]
-    for axis in (axes[1], weight_axes[0], weight_axes[1], *([flow.axes(bias)[0]] if bias is not None else [])):
-        freeze(axis, "grouped conv")
-    return [axes[0], frozen_atom(shape_of(node)[1], "grouped conv"), *spatial[2:]]
+    out = _grouped(flow, x, 1, weight, weight_axes[0], weight_axes[1], groups, transposed=True)
+    if bias is not None:
+        unify(out, flow.axes(bias)[0])
+    return [axes[0], out, *spatial[2:]]
 
 
 @rule("embedding")
@@ -439,11 +502,21 @@ def _split(flow: Flow, node: Node, x: Node, _: Any, dim: int = 0) -> list[list[L
 
 @rule("select", "unbind")
 def _select(flow: Flow, node: Node, x: Node, dim: int = 0, *args: Any) -> Any:
-    """Picking single positions freezes the axis."""
+    """Single positions are picked: the axis is frozen, and what lies inside it may differ from position to position."""
     axes = list(flow.axes(x))
-    picked = axes.pop(dim)
-    freeze(picked, "select")
-    return axes if op_name(node) == "select" else [list(axes) for _ in range(size_of(picked))]
+    picked = resolve(axes.pop(dim))
+    if isinstance(picked, Atom) and not picked.reasons and not picked.stack:
+        picked.stack = True
+        flow.stacks.append(picked)
+    if not is_frozen(picked):
+        freeze(picked, "select")
+    size = size_of(picked)
+    chosen = range(size) if op_name(node) == "unbind" else [args[0] % size]
+    out = [
+        [alternative(axis, picked, i) for axis in axes] if isinstance(picked, Atom) and picked.stack else list(axes)
+        for i in chosen
+    ]
+    return out if op_name(node) == "unbind" else out[0]
 
 
 @rule("index", "index_select")

@@ -8,7 +8,8 @@ after their last use, as in a plain forward pass. A tapped value is copied only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from .flow import op_name
+from .graph import Graph
 from .plan import Tap
-from .rules import op_name
-from .spaces import Graph
 
 # Ops that may return their input itself although their schema does not say so.
 MAY_ALIAS = """
@@ -33,6 +34,8 @@ class Tapped:
 
     Args:
         graph: what `find_spaces` returned.
+        extra: also keep the values at the spaces' extra taps.
+        also: names of further nodes to keep.
 
     Example:
         >>> from torch import nn
@@ -45,15 +48,18 @@ class Tapped:
         (True, [(5, 8)])
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, extra: bool = False, also: Iterable[str] = ()) -> None:
         self.graph = graph
         program = graph.program
         nodes = list(program.graph.nodes)
-        self.nodes = frozenset(tap.node for space in graph.plan.mergeable for tap in space.taps)
+        spaces = graph.plan.mergeable
+        taps = [tap for space in spaces for tap in (*space.taps, *(space.extra if extra else ()))]
+        self.nodes = frozenset(tap.node for tap in taps) | frozenset(also)
         self._specs = list(program.graph_signature.input_specs)
         written = _written_later(nodes)
         self._copied = frozenset(node.name for node in nodes if node.name in self.nodes and node in written)
         self._guarded = [node in written for node in nodes if node.op == "placeholder"]
+        self._short = _up_to_last(program.graph, self.nodes)
         # A tied tensor has several names; a state dict without duplicates holds one of them.
         self._twins = {name: others for name, others in graph.plan.aliases.items()}
         self._twins |= {twin: (name, *others) for name, others in graph.plan.aliases.items() for twin in others}
@@ -88,10 +94,19 @@ class Tapped:
         spec = self.graph.program.call_spec.out_spec
         return (tree_unflatten(flat, spec) if spec is not None else flat), keeper.kept
 
+    def values(self, state: Mapping[str, Tensor], *inputs: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The values at the taps alone, by node name; nothing behind the last of them is run. See `run`."""
+        device = next((value.device for value in state.values()), torch.device("cpu"))
+        placed = self._placeholders(state, device, inputs, kwargs)
+        keeper = _Keeper(self.graph.program.graph_module, self.nodes, self._copied, device, self._short)
+        with torch.no_grad():
+            keeper.run(*placed)
+        return keeper.kept
+
     def _placeholders(
         self, state: Mapping[str, Tensor], device: torch.device, inputs: Any, kwargs: Mapping[str, Any]
     ) -> list[Any]:
-        keywords = self.graph.keywords
+        keywords = self.graph.exported.keywords
         if set(kwargs) != set(keywords):
             raise ValueError(f"run: keyword arguments must be {list(keywords)} as in the example, got {list(kwargs)}")
         given = [leaf for leaf in tree_leaves((inputs, [kwargs[k] for k in keywords])) if isinstance(leaf, Tensor)]
@@ -123,41 +138,63 @@ class Tapped:
 
 
 def features(value: Tensor, tap: Tap) -> tuple[Tensor, int]:
-    """A tapped value with the space's features alone on one axis, as a view.
+    """A tapped value with the space's features alone on one axis, block by block; a view where that is possible.
 
     Returns:
-        (tensor, axis) with tensor.shape[axis] == tap.size. A plain feature axis comes back as it is; otherwise the
-        segment [outer, size, block] takes three axes in place of one, the middle one being the features.
+        (tensor, axis) with tensor.shape[axis] == the space's total. Where other spaces lie in the value, whose order
+        differs between models, their means and mean squares take the place of their features (two samples for all).
 
     Raises:
         ValueError: the value has no such segment.
 
     Example:
         >>> x = torch.randn(2, 12)  # three channels of 2x2 pixels, flattened
-        >>> tensor, axis = features(x, Tap("flatten", 1, offset=0, outer=1, block=4, size=3))
+        >>> tensor, axis = features(x, Tap("flatten", 1, 0, -1, factors=((-1,), (3, 4)), features=(1,)))
         >>> tuple(tensor.shape), axis
-        ((2, 1, 3, 4), 2)
+        ((2, 3, 4), 1)
     """
-    axis, n = tap.axis, value.shape[tap.axis]
-    unit = tap.size * tap.block
-    outer = n // unit if tap.outer == -1 else tap.outer
-    if tap.offset + outer * unit > n or (tap.outer == -1 and outer * unit != n):
-        raise ValueError(
-            f"features: axis {axis} of 'value' must hold [{tap.outer}, {tap.size}, {tap.block}] from {tap.offset} on, "
-            f"got size {n}"
-        )
-    if outer * unit != n:
-        value = value.narrow(axis, tap.offset, outer * unit)
-    if outer == tap.block == 1:
-        return value, axis
-    return value.unflatten(axis, (outer, tap.size, tap.block)), axis + 1
+    if tap.length != -1:
+        if tap.offset + tap.length > value.shape[tap.axis]:
+            raise ValueError(
+                f"features: axis {tap.axis} of 'value' must hold {tap.length} positions from {tap.offset} on, "
+                f"got size {value.shape[tap.axis]}"
+            )
+        value = value.narrow(tap.axis, tap.offset, tap.length)
+    for axis in reversed(range(value.dim())):
+        sizes = tap.factors[axis]
+        known = math.prod(size for size in sizes if size != -1)
+        if value.shape[axis] % known or (-1 not in sizes and value.shape[axis] != known and axis == tap.axis):
+            raise ValueError(
+                f"features: axis {axis} of 'value' must be made of {list(sizes)}, got size {value.shape[axis]}"
+            )
+        if len(sizes) > 1:
+            value = value.unflatten(axis, sizes)
+    own, gone = list(tap.features), list(tap.averaged)
+    if gone:
+        mean, square = value.mean(gone, keepdim=True), value.square().mean(gone, keepdim=True)
+        value = torch.stack([mean, square])
+        own = [dim + 1 for dim in own]
+    if len(own) == 1:
+        return value, own[0]
+    first = min(own)
+    if own != list(range(first, first + len(own))):  # several axes become one: the blocks move beside their features
+        rest = [dim for dim in range(value.dim()) if dim not in own]
+        value, first = value.permute(*rest, *own), len(rest)
+    return value.flatten(first, first + len(own) - 1), first
 
 
 class _Keeper(Interpreter):
     """Runs the graph on a device and keeps the values of the wanted nodes."""
 
-    def __init__(self, module: Any, wanted: frozenset[str], copied: frozenset[str], device: torch.device) -> None:
-        super().__init__(module)
+    def __init__(
+        self,
+        module: Any,
+        wanted: frozenset[str],
+        copied: frozenset[str],
+        device: torch.device,
+        graph: torch.fx.Graph | None = None,
+    ) -> None:
+        super().__init__(module, graph=graph)
         self._wanted, self._to_copy, self._device = wanted, copied, device
         self.kept: dict[str, Tensor] = {}
 
@@ -171,6 +208,18 @@ class _Keeper(Interpreter):
         if kwargs.get("device") is not None:  # the export wrote the example's device into ops that make tensors
             kwargs = {**kwargs, "device": self._device}
         return super().call_function(target, args, kwargs)
+
+
+def _up_to_last(graph: torch.fx.Graph, wanted: frozenset[str]) -> torch.fx.Graph:
+    """The graph without what lies behind the last wanted node."""
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    last = max((i for i, node in enumerate(nodes) if node.name in wanted), default=-1)
+    short, copies = torch.fx.Graph(), dict[Node, Node]()
+    for i, node in enumerate(nodes):
+        if i <= last or node.op == "placeholder":
+            copies[node] = short.node_copy(node, lambda old: copies[old])
+    short.output(None)
+    return short
 
 
 def _written_later(nodes: list[Node]) -> set[Node]:
