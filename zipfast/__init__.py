@@ -6,14 +6,17 @@
 True
 """
 
-from . import checkpoint, compat, merging, ops, zoo
+from . import checkpoint, compat, features, merging, ops, zoo
 from ._version import __version__
 from .merging import (
     Groups,
     LogitEnsemble,
     Merged,
     Moments,
+    MultiHead,
     Plan,
+    SpaceMoments,
+    cuts,
     find_spaces,
     match,
     match_permutation,
@@ -29,12 +32,16 @@ __all__ = [
     "LogitEnsemble",
     "Merged",
     "Moments",
+    "MultiHead",
     "Plan",
+    "SpaceMoments",
     "__version__",
     "available",
     "backend",
     "checkpoint",
     "compat",
+    "cuts",
+    "features",
     "find_spaces",
     "match",
     "match_permutation",

@@ -72,6 +72,22 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise OSError(f"cannot write {target}: {e.strerror}; choose a folder that exists and is writable") from e
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Fail now, before long work, if a folder of results could not be written at ``path``; leaves nothing behind.
+
+    Raises:
+        OSError: it is a file, or it and the folder above it cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise OSError(f"cannot write {target}: it is a file; give a folder")
+    try:
+        with tempfile.TemporaryFile(dir=target if target.is_dir() else target.parent):
+            pass
+    except OSError as e:
+        raise OSError(f"cannot write {target}: {e.strerror}; choose a folder that exists and is writable") from e
+
+
 def save(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:

@@ -173,7 +173,7 @@ def _time_against_torch(models: Sequence[nn.Module], digits: Digits) -> dict[str
             start = time.perf_counter()
             moments = gather_moments(graph, states, data)
             timing["moments"][name] = time.perf_counter() - start
-            correlations = [m.correlation() for m in moments.values()]
+            correlations = list(moments.correlations().values())
             start = time.perf_counter()
             match(correlations)
             timing["matching"][name] = time.perf_counter() - start
@@ -227,7 +227,7 @@ def _plot(path: Path, accuracies: dict[str, Accuracy], merged: Merged) -> None:
 
     name = next(iter(merged.groups))
     groups, size = merged.groups[name], merged.groups[name].size
-    image = right.imshow(merged.correlations[name], cmap="RdBu_r", vmin=-1, vmax=1)
+    image = right.imshow(merged.similarities[name], cmap="RdBu_r", vmin=-1, vmax=1)
     together = (groups.index[:, None] == groups.index[None, :]).fill_diagonal_(False).nonzero()
     right.scatter(together[:, 1], together[:, 0], s=14, facecolors="none", edgecolors="black", linewidths=0.8)
     right.axhline(size - 0.5, color="black", linewidth=0.8)

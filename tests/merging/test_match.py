@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`match` and its baselines: groups as M and U, budgets, recovery of permutations, warnings and messages."""
+"""`match`: groups as M and U, budgets, recovery of permutations, warnings and messages."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import sys
 import warnings
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from torch.testing import assert_close
 
 from zipfast import Groups, match, match_permutation
-from zipfast.merging import match_identity
 from zipfast.merging.match import in_model_budget
 
 
@@ -258,59 +256,6 @@ def test_compat_budget_lets_one_merge_through():
         sim[i, j] = sim[j, i] = v
     assert match(sim, beta=0.0).in_model_merges == [0, 0]
     assert match(sim, beta=0.0, compat=True).in_model_merges[0] == 1
-
-
-# ------------------------------------------------------------------------------------------ baselines
-
-
-def test_identity():
-    groups = match_identity(3, 4)
-    assert groups.index.tolist() == [0, 1, 2, 3] * 3
-    assert groups.is_permutation and groups.value.numel() == 0 and groups.pair.shape == (0, 2)
-
-
-@pytest.mark.parametrize("models, size", [(2, 1), (2, 3), (2, 5), (3, 4)])
-@pytest.mark.parametrize("seed", range(4))
-def test_permutation_is_the_best_of_all(models, size, seed):
-    sim = correlations(models, size, seed, samples=8)
-    groups = match_permutation(sim, models)
-    assert groups.is_permutation
-    assert groups.of_model(0).tolist() == list(range(size))
-    for m in range(1, models):
-        block = sim[:size, m * size : (m + 1) * size].double()
-        best = max(sum(float(block[i, p[i]]) for i in range(size)) for p in itertools.permutations(range(size)))
-        total = sum(float(block[g, k]) for k, g in enumerate(groups.of_model(m).tolist()))
-        assert total == pytest.approx(best, abs=1e-12)
-
-
-def test_permutation_leaves_its_input_and_needs_no_symmetry():
-    sim = correlations(2, 5).requires_grad_()
-    copy = sim.detach().clone()
-    wanted = match_permutation(sim).index
-    assert torch.equal(sim.detach(), copy)
-    other = sim.detach().clone()
-    other[5:] = torch.nan  # only the block between model 0 and 1 is read
-    assert torch.equal(match_permutation(other).index, wanted)
-
-
-def test_permutation_without_scipy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match=r"scipy must be installed.*pip install 'zipfast\[permute\]'"):
-        match_permutation(torch.eye(4))
-    assert match(torch.eye(4)).keep == 2  # zip does not need it
-
-
-@pytest.mark.parametrize("wrong, models", [(torch.zeros(4, 6), 2), (torch.zeros(5, 5), 2), (torch.zeros(4), 2)])
-def test_permutation_of_wrong_shapes(wrong, models):
-    with pytest.raises(ValueError, match=r"match_permutation: 'correlation' must be square \[M\*D, M\*D\] with M = 2"):
-        match_permutation(wrong, models)
-
-
-def test_permutation_of_nan_names_the_place():
-    sim = correlations(2, 3)
-    sim[1, 4] = torch.nan
-    with pytest.raises(ValueError, match=r"match_permutation: 'correlation'.*\[1, 4\]"):
-        match_permutation(sim)
 
 
 # ------------------------------------------------------------------------------------------ messages

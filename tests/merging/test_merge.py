@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from nets import UNet, build, permute_state, random_orders, randomise
+from nets import UNet, build, permute_state, random_permutations, randomise
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -62,7 +62,7 @@ def pair(name):
     data = batches(shape)
     a = alive(randomise(constructor().double().eval()), data)
     plan = find_spaces(a, (data[0],)).plan
-    orders = random_orders(plan)
+    orders = random_permutations(plan)
     b = copy.deepcopy(a)
     b.load_state_dict(permute_state(a.state_dict(), plan, orders))
     with torch.no_grad():
@@ -83,9 +83,10 @@ def worst(a, b, data):
 def test_a_permuted_copy_merges_back(name, method):
     a, b, orders, data = pair(name)
     merged = merge([a, b], (data[0],), data, method=method, reestimate=False)
-    for name, order in orders.items():
+    for name, permutation in orders.items():
+        order = permutation.index.argsort()
         size = len(order)
-        assert merged.correlations[name].diagonal().min() > 0.99  # else the test is not one
+        assert merged.similarities[name].diagonal().min() > 0.99  # else the test is not one
         assert merged.groups[name].index.tolist() == [*range(size), *order.tolist()], name
         assert merged.groups[name].is_permutation
     assert worst(merged.module, a, data) < 1e-9
@@ -99,7 +100,7 @@ def test_the_average_of_a_permuted_copy_does_not(name):
     a, b, _, data = pair(name)
     merged = merge([a, b], (data[0],), data, method="average", reestimate=False)
     assert worst(merged.module, a, data) > 1e-2
-    assert merged.correlations == {}
+    assert merged.similarities == {}
 
 
 @pytest.mark.parametrize("method", ["zip", "permute", "average"])
@@ -135,13 +136,13 @@ def test_three_permuted_models():
     models = [a]
     for seed in (1, 2):
         models.append(copy.deepcopy(a))
-        models[-1].load_state_dict(permute_state(a.state_dict(), plan, random_orders(plan, seed)))
+        models[-1].load_state_dict(permute_state(a.state_dict(), plan, random_permutations(plan, seed)))
     for options in ({"beta": 0.0}, {"method": "permute"}):
         merged = merge(models, (x,), data, reestimate=False, **options)
         assert worst(merged.module, a, data) < 1e-9
         for seed in (1, 2):
-            for name, order in random_orders(plan, seed).items():
-                assert merged.groups[name].of_model(seed).tolist() == order.tolist()
+            for name, permutation in random_permutations(plan, seed).items():
+                assert merged.groups[name].of_model(seed).tolist() == permutation.index.argsort().tolist()
 
 
 def test_different_models_make_a_model():
@@ -150,7 +151,7 @@ def test_different_models_make_a_model():
     assert merged.module(DATA[0]).shape == (64, 3)
     assert {n: g.keep for n, g in merged.groups.items()} == {"1": 6, "3": 5}
     for name, g in merged.groups.items():
-        assert torch.equal(g.index, zipfast.match(merged.correlations[name], 3).index)
+        assert torch.equal(g.index, zipfast.match(merged.similarities[name], 3).index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -159,7 +160,7 @@ def test_other_dtypes(dtype):
     data = batches((8,), dtype=dtype)
     plan = find_spaces(a, (data[0],)).plan
     b = copy.deepcopy(a)
-    b.load_state_dict(permute_state(a.state_dict(), plan, random_orders(plan)))
+    b.load_state_dict(permute_state(a.state_dict(), plan, random_permutations(plan)))
     merged = merge([a, b], (data[0],), data)
     assert all(v.dtype == dtype for v in merged.state_dict.values())
     assert worst(merged.module, a, data) < (1e-5 if dtype == torch.float32 else 0.05)
@@ -181,7 +182,7 @@ def test_alpha_beta_compat_reach_the_matching():
     assert not all(g.is_permutation for g in free.groups.values())
     reference = merge(models, (DATA[0],), DATA, alpha=0.3, beta=0.5, compat=True)
     for name, g in reference.groups.items():
-        wanted = zipfast.match(reference.correlations[name], 2, alpha=0.3, beta=0.5, compat=True)
+        wanted = zipfast.match(reference.similarities[name], 2, alpha=0.3, beta=0.5, compat=True)
         assert torch.equal(g.index, wanted.index)
 
 
@@ -253,7 +254,7 @@ def test_last_batch_may_be_smaller():
     data = DataLoader(TensorDataset(torch.cat(DATA)), batch_size=100)
     wanted, got = merge(models, (DATA[0],), DATA), merge(models, (DATA[0],), data)
     for name in wanted.groups:
-        assert_close(got.correlations[name], wanted.correlations[name], atol=1e-6, rtol=0)
+        assert_close(got.similarities[name], wanted.similarities[name], atol=1e-6, rtol=0)
 
 
 class Keyword(nn.Module):
@@ -342,7 +343,8 @@ def test_empty_data_for_batch_norm():
 
 def test_batches_of_another_kind():
     with pytest.raises(
-        TypeError, match="each batch must be a tensor, a tuple that starts with one or a mapping, got str"
+        TypeError,
+        match="each batch must be a tensor, a mapping of keyword arguments, or a tuple that starts with one, got str",
     ):
         merge([mlp(0), mlp(1)], (DATA[0],), ["text"])
 
@@ -369,7 +371,7 @@ def test_dead_features():
     with torch.no_grad():
         models[0][1].weight[:3], models[0][1].bias[:3] = 0, -1
     merged = merge(models, (DATA[0],), DATA)
-    correlation, index = merged.correlations["1"], merged.groups["1"].index
+    correlation, index = merged.similarities["1"], merged.groups["1"].index
     assert (correlation[:3, 3:] == 0).all()
     assert (correlation[:3, :3] == 1 - torch.eye(3)).all()  # always 0, all three: nothing is lost when they are merged
     assert index[:3].unique().numel() == 1
@@ -388,14 +390,28 @@ def test_too_few_models_and_unknown_method():
     for models in ([], [mlp(0)]):
         with pytest.raises(ValueError, match=f"'models' must hold at least two models, got {len(models)}"):
             merge(models, (DATA[0],), DATA)
-    with pytest.raises(ValueError, match="'method' must be 'zip', 'permute' or 'average', got 'mean'"):
+    with pytest.raises(ValueError, match="'method' must be one of zip, permute, optimal, kmeans, average, got 'mean'"):
         merge([mlp(0), mlp(1)], (DATA[0],), DATA, method="mean")
 
 
-@pytest.mark.parametrize("hidden", [(6, 4), (6,), (6, 5, 4)])
-def test_models_that_differ(hidden):
-    with pytest.raises(ValueError, match=r"merge: models 0 and 2 must have the same spaces: same_spaces: .* must "):
+@pytest.mark.parametrize(
+    "hidden, difference",
+    [
+        ((6, 4), r"node 'linear_1' \(module 3\) gives \['batch', 5\] in one and \['batch', 4\] in the other"),
+        ((6,), r"node 'linear_1' \(module 3\) gives \['batch', 5\] in one and \['batch', 3\] in the other"),
+    ],
+)
+def test_models_that_differ(hidden, difference):
+    with pytest.raises(ValueError, match=f"merge: models 0 and 2 must have one structure, but {difference}"):
         merge([mlp(0), mlp(1), mlp(2, hidden)], (DATA[0],), DATA)
+
+
+def test_heads_may_differ_in_structure():
+    # All up to the last cut of the first model agrees; what lies behind is each model's own.
+    models = [mlp(0), mlp(1), mlp(2, (6, 5, 4))]
+    merged = merge(models, (DATA[0],), DATA)
+    assert isinstance(merged.module, zipfast.MultiHead) and merged.options["stop"] == "relu_1"
+    assert [tuple(output.shape) for output in merged.module(DATA[0])] == [(64, 3)] * 3
 
 
 class Branching(nn.Sequential):
@@ -455,8 +471,8 @@ def result():
 def test_fields(result):
     models, _, merged = result
     assert isinstance(merged, Merged)
-    assert list(merged.groups) == list(merged.correlations) == [s.name for s in merged.plan.mergeable]
-    for name, s in merged.correlations.items():
+    assert list(merged.groups) == list(merged.similarities) == [s.name for s in merged.plan.mergeable]
+    for name, s in merged.similarities.items():
         assert s.shape == (2 * merged.plan[name].size,) * 2 and s.dtype == torch.float32
     assert list(merged.seconds) == ["export", "moments", "match", "apply", "batch norm"]
     assert all(s >= 0 for s in merged.seconds.values())
@@ -504,10 +520,11 @@ def test_gather_moments_agrees_with_the_models():
     models = [mlp(0), mlp(1)]
     graph = find_spaces(models[0], (DATA[0],))
     moments = gather_moments(graph, [m.state_dict() for m in models], DATA)
-    assert moments["1"].count == 192 and moments["1"].name == "1"
+    (first,) = moments["1"]
+    assert first.count == 192 and first.name == "1"
     with torch.no_grad():
         hidden = torch.cat([m[:3](torch.cat(DATA)) for m in models], 1)
-    assert_close(moments["1"].correlation(), torch.corrcoef(hidden.T).float(), atol=1e-6, rtol=0)
+    assert_close(moments.correlation("1"), torch.corrcoef(hidden.T).float(), atol=1e-6, rtol=0)
 
 
 def test_ensemble():

@@ -105,7 +105,7 @@ def test_merged_features_are_more_alike(noise):
     """§4.1: zip pairs features of higher correlation than the best permutation, that one than feature k with k."""
     models = planted(8, noise)
     merged = {m: merge(models, (data()[0],), data(), method=m) for m in ("zip", "permute", "average")}
-    sim = merged["zip"].correlations["1"]
+    sim = merged["zip"].similarities["1"]
     found = {m: similarity(result.groups["1"], sim) for m, result in merged.items()}
     assert found["zip"] > found["permute"] > found["average"]
 

@@ -2,36 +2,57 @@
 """Merging models of one architecture: from the exported graph to a plan of feature spaces, and on to a merged model."""
 
 from .apply import apply_groups
-from .match import Groups, match, match_identity, match_permutation
-from .merge import LogitEnsemble, Merged, gather_moments, merge
+from .assign import match_spaces
+from .baselines import match_greedy_permutation, match_identity, match_kmeans, match_optimal, match_permutation
+from .cuts import Cut, cuts, resolve_cut
+from .match import Groups, match
+from .merge import LogitEnsemble, Merged, merge
 from .moments import Moments, update_all
+from .partial import MultiHead
+from .permute import permute, random_permutations
 from .plan import Plan, Space, Tap, Use
 from .repair import reestimate_batchnorm
 from .rules import UnknownOpError, rule
-from .spaces import Graph, find_spaces
+from .spaces import Graph, find_spaces, part_of
+from .statistics import SpaceMoments, gather_moments
 from .taps import Tapped, features
+from .weights import match_weights, weight_similarity
 
 __all__ = [
+    "Cut",
     "Graph",
     "Groups",
     "LogitEnsemble",
     "Merged",
     "Moments",
+    "MultiHead",
     "Plan",
     "Space",
+    "SpaceMoments",
     "Tap",
     "Tapped",
     "UnknownOpError",
     "Use",
     "apply_groups",
+    "cuts",
     "features",
     "find_spaces",
     "gather_moments",
     "match",
+    "match_greedy_permutation",
     "match_identity",
+    "match_kmeans",
+    "match_optimal",
     "match_permutation",
+    "match_spaces",
+    "match_weights",
     "merge",
+    "part_of",
+    "permute",
+    "random_permutations",
     "reestimate_batchnorm",
+    "resolve_cut",
     "rule",
     "update_all",
+    "weight_similarity",
 ]

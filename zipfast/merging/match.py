@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From similarities to groups: ZipIt!'s greedy matching, and the two baselines that people compare it with."""
+"""From similarities to groups: ZipIt!'s greedy matching; what people compare it with is in baselines.py."""
 
 from __future__ import annotations
 
@@ -192,47 +192,3 @@ def _raise_for(label: str, size: int, status: list[int], compat: bool) -> None:
             else "all remaining similarities are -inf"
         )
         raise ValueError(f"match: no pair of space {label} is left after {status[DEADLOCK]} merges: {why}")
-
-
-def match_identity(models: int, size: int) -> Groups:
-    """Feature k of every model forms group k: plain weight averaging."""
-    return _baseline(torch.arange(size).repeat(models), models)
-
-
-def match_permutation(correlation: Tensor, models: int = 2) -> Groups:
-    """Permute each further model onto the first by the assignment of maximal total correlation.
-
-    Args:
-        correlation: [F, F]; only the blocks between model 0 and the others are read.
-        models: M.
-
-    Raises:
-        ImportError: scipy, which solves the assignment, is not installed.
-
-    Reference: Ainsworth et al. 2023 (Git Re-Basin), §3.1; Li et al. 2015; solver: scipy.optimize.linear_sum_assignment.
-    """
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as e:
-        raise ImportError(
-            "match_permutation: scipy must be installed to solve the assignment; pip install 'zipfast[permute]'"
-        ) from e
-    if correlation.dim() != 2 or correlation.shape[0] != correlation.shape[1] or correlation.shape[0] % models:
-        raise ValueError(
-            f"match_permutation: 'correlation' must be square [M*D, M*D] with M = {models}, got {list(correlation.shape)}"
-        )
-    size = correlation.shape[0] // models
-    read = correlation[:size, size:]
-    if bool(read.isnan().any()):
-        i, j = divmod(int(read.isnan().reshape(-1).to(torch.uint8).argmax()), read.shape[1])
-        raise ValueError(f"match_permutation: 'correlation' must not hold NaN, got one at [{i}, {j + size}]")
-    index = torch.arange(size).repeat(models)
-    host = correlation.detach().double().cpu().numpy()
-    for m in range(1, models):
-        _, column = linear_sum_assignment(host[:size, m * size : (m + 1) * size], maximize=True)
-        index[m * size + torch.as_tensor(column)] = torch.arange(size)
-    return _baseline(index, models)
-
-
-def _baseline(index: Tensor, models: int) -> Groups:
-    return Groups(index, models, index.shape[0] // models, torch.empty(0, 2, dtype=torch.int64), torch.empty(0))

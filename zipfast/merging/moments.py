@@ -75,6 +75,39 @@ class Moments:
             other._sums = _Sums.zeros(self._sums.shift, self.models)
         return other
 
+    @property
+    def shift(self) -> Tensor | None:
+        """The number subtracted from each stacked feature, float64 [F]; None before the first batch."""
+        return None if self._sums is None else self._sums.shift
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the sums are; None before the first batch."""
+        return None if self._sums is None else self._sums.shift.device
+
+    def prepare(self, *features: Tensor, axis: int = 1) -> Moments:
+        """Choose the shift by these features without adding them, as `update` does by the first batch it sees."""
+        tensors, axis = _as_stored(self, features, axis)
+        if self._sums is None and tensors[0].numel():
+            with torch.no_grad():
+                self._sums = _Sums.zeros(_choose_shift(tensors, axis), self.models)
+        return self
+
+    def start(self, shift: Tensor) -> Moments:
+        """Begin empty with a shift from elsewhere, float64 [F] of values exact in float32: another worker's."""
+        if self.count:
+            raise ValueError(f"Moments.start: space '{self.name}' must be empty, got {self.count} samples")
+        self._sums = _Sums.zeros(shift, self.models)
+        return self
+
+    def sums(self) -> list[Tensor]:
+        """The tensors that add up over workers with one shift."""
+        return [] if self._sums is None else [self._sums.total, self._sums.comoment]
+
+    def status(self) -> Tensor:
+        """First bad place per model, int64 [M]; the least over workers counts."""
+        return self._sums.bad if self._sums is not None else torch.full((self.models,), NO_BAD_VALUE)
+
     def update(self, *features: Tensor, axis: int = 1) -> Moments:
         """Add one batch.
 
@@ -141,6 +174,14 @@ class Moments:
         variance = (sums.comoment.diagonal() / self.count - mean * mean).clamp(min=0)
         return upper + upper.T + torch.diag(variance)
 
+    def alive(self) -> Tensor:
+        """Which features vary, bool [F]: their variance is above rounding level, (2^-18 · mean)² + 1e-30."""
+        sums = self._require(2)
+        mean = sums.total / self.count
+        variance = (sums.comoment.diagonal() / self.count - mean * mean).clamp(min=0)
+        scale = torch.maximum((sums.shift + mean).abs(), sums.shift.abs())
+        return variance > (RELATIVE_FLOOR * scale) ** 2 + 1e-30
+
     def correlation(self, *, dtype: torch.dtype = torch.float32, pair_dead: bool = False) -> Tensor:
         """Pearson correlation [F, F], symmetric to the bit, in [-1, 1].
 
@@ -156,14 +197,13 @@ class Moments:
             ValueError: fewer than two samples; a feature that is not finite (model, sample and feature are named);
                 every feature dead.
         """
-        sums = self._require(2)
+        self._require(2)
         covariance, mean = self.covariance(), self.mean()
         if not bool(torch.isfinite(covariance).all()):
             raise ValueError(
                 f"Moments: the features of space '{self.name}' are too large for their squares to be summed"
             )
-        scale = torch.maximum(mean.abs(), sums.shift.abs())
-        alive = covariance.diagonal() > (RELATIVE_FLOOR * scale) ** 2 + 1e-30
+        alive = self.alive()
         if not bool(alive.any()):
             raise ValueError(
                 f"Moments: at least one feature of space '{self.name}' must vary, got {self.features} dead or constant "

@@ -10,20 +10,24 @@ Cost: one forward pass per batch, no gradients, no memory beyond the layers' sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+
+from .. import distributed
+from ..features import batch_inputs
 
 
 def reestimate_batchnorm(module: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> int:
     """Replace all running batch-norm statistics by averages over `batches`.
 
-    Only batch-norm layers that track statistics run in train mode; all else, dropout too, runs in eval mode.
-    Afterwards every module's mode and every layer's momentum are what they were; if the pass fails, the statistics too.
+    Only norm layers that track statistics (every batch norm, and instance norms that do) run in train mode; all else,
+    dropout too, runs in eval mode. Afterwards every module's mode and every layer's momentum are what they were; if the
+    pass fails, the statistics too. In a process group each process passes its own share of the batches.
 
     Args:
         module: changed in place: the running statistics and nothing else.
@@ -46,7 +50,7 @@ def reestimate_batchnorm(module: nn.Module, batches: Iterable[Any], *, max_batch
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"reestimate_batchnorm: 'max_batches' must be at least 1 or None, got {max_batches}")
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    layers = [m for m in module.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     if not layers:
         return 0
     iterator = iter(batches if max_batches is None else islice(batches, max_batches))
@@ -67,7 +71,9 @@ def reestimate_batchnorm(module: nn.Module, batches: Iterable[Any], *, max_batch
             layer.reset_running_stats()
         with torch.no_grad():
             for batch in chain([first], iterator):
-                _forward(module, batch, tensor.device)
+                args, kwargs = batch_inputs(batch, tensor.device)
+                module(*args, **kwargs)
+            _share(layers)
     except BaseException:
         for value, saved in before:
             value.copy_(saved)
@@ -80,15 +86,16 @@ def reestimate_batchnorm(module: nn.Module, batches: Iterable[Any], *, max_batch
     return len(layers)
 
 
-def _forward(module: nn.Module, batch: Any, device: torch.device) -> None:
-    if isinstance(batch, Mapping):
-        module(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+def _share(layers: list[_NormBase]) -> None:
+    """The average over the batches of all workers of a process group."""
+    if distributed.world_size() == 1:
         return
-    while isinstance(batch, tuple | list) and batch:
-        batch = batch[0]
-    if not isinstance(batch, torch.Tensor):
-        raise TypeError(
-            "reestimate_batchnorm: each batch must be a tensor, a tuple that starts with one or a mapping, "
-            f"got {type(batch).__name__}"
-        )
-    module(batch.to(device))
+    for layer in layers:
+        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.num_batches_tracked is not None
+        count = layer.num_batches_tracked.double()
+        flat = torch.cat([layer.running_mean.double() * count, layer.running_var.double() * count, count[None]])
+        mean, variance, total = distributed.sum_(flat).split([layer.num_features, layer.num_features, 1])
+        layer.running_mean.copy_(mean / total)
+        layer.running_var.copy_(variance / total)
+        layer.num_batches_tracked.copy_(total[0])
