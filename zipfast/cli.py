@@ -8,6 +8,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 
@@ -25,11 +26,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--epochs", type=int, default=15, help="epochs per model (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
 
-    args = parser.parse_args(argv)
+    zip_ = commands.add_parser("zip", help="merge trained models of one architecture (ZipIt!), wholly or up to a cut")
+
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["zip"]:
+        return _command(zip_, "zip", given[1:])
+    args = parser.parse_args(given)
     try:
         return _info(args) if args.command == "info" else _demo(args)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
         print(f"zipfast {args.command}: {e}", file=sys.stderr)
+        return 1
+
+
+def _command(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]) -> int:
+    """A command with a module of its own, whose options may stand in a YAML file."""
+    module = import_module(f"zipfast.commands.{name}")
+    common = import_module("zipfast.commands.common")
+    module.configure(parser)
+    common.add_common(parser)
+    try:
+        return int(module.run(common.parse(parser, argv)))
+    except KeyboardInterrupt:
+        print(f"zipfast {name}: interrupted; files are whole or not there", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
+        print(f"zipfast {name}: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
 
 

@@ -126,6 +126,7 @@ class Batches:
     def __init__(self, rows: Any, read: Any, size: int, shard: tuple[int, int], classes: Any = None) -> None:
         self._rows, self._read, self._size, self._shard = rows, read, size, shard  # without read, rows are batches
         self.classes: tuple[str, ...] | None = classes and tuple(classes)
+        self.description: dict[str, Any] = {}  # of whoever asked for the data, for the provenance of results
 
     def __len__(self) -> int:
         return len(range(self._shard[0], -(-len(self._rows) // (self._size if self._read else 1)), self._shard[1]))
