@@ -107,7 +107,7 @@ def test_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch, state):
     def fail(*args, **kwargs):
         raise Boom
 
-    monkeypatch.setattr(safetensors.torch, "save", fail)
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(Boom):
         save(path, state)
     assert names(tmp_path) == ["a.safetensors"]

@@ -30,16 +30,22 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         OSError: the folder cannot be written; the message names the path. An exception inside the block leaves the
             old file, and no temporary one.
     """
+    with atomic_path(path) as temporary, open(temporary, mode) as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """As `atomic_write`, for writers that want a path: that of a temporary file in the same folder."""
     target = Path(path)
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     except OSError as e:
         raise OSError(f"cannot write {target}: {e.strerror}; choose a folder that exists and is writable") from e
     try:
-        with os.fdopen(handle, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        os.close(handle)
+        yield temporary
+        _sync(temporary)
         umask = os.umask(0)  # mkstemp makes the file private; a checkpoint gets the usual rights
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -47,11 +53,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)  # the rename itself must reach the disk too
+    _sync(target.parent)  # the rename itself must reach the disk too
+
+
+def _sync(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -101,16 +111,21 @@ def save(
     Raises:
         ValueError: another ending. TypeError: a value is not a tensor. OSError: the folder cannot be written.
     """
-    from safetensors.torch import save as to_bytes
+    from safetensors.torch import save_file
 
     check_writable(path)
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"save: '{name}' must be a tensor, got {type(value).__name__}")
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    plain, seen = {}, set[int]()
+    for name, value in tensors.items():
+        own = value.detach().cpu().contiguous()
+        start = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if start in seen or own.untyped_storage().nbytes() != own.nbytes else own
+        seen.add(start)
     header = {"format": "pt", METADATA_KEY: json.dumps(dict(metadata or {}), sort_keys=True)}
-    with atomic_write(path) as file:
-        file.write(to_bytes(plain, header))
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, header)
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from .apply import apply_groups
 from .assign import match_spaces
 from .baselines import match_greedy_permutation, match_identity, match_kmeans, match_optimal, match_permutation
 from .cuts import Cut, cuts, resolve_cut
+from .extend import extend
 from .match import Groups, match
 from .merge import LogitEnsemble, Merged, merge
 from .moments import Moments, update_all
@@ -35,6 +36,7 @@ __all__ = [
     "Use",
     "apply_groups",
     "cuts",
+    "extend",
     "features",
     "find_spaces",
     "gather_moments",

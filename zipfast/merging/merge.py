@@ -275,13 +275,18 @@ def _check_arguments(
         raise ValueError(f"merge: 'similarity' must be 'activations', 'weights' or 'mix', got {similarity!r}")
     if not 0 <= mix <= 1:
         raise ValueError(f"merge: 'mix' must be in [0, 1], got {mix}")
+    check_data("merge", data, max_batches)
+
+
+def check_data(caller: str, data: Any, max_batches: int | None) -> None:
+    """Refuse data that can be read only once."""
     if isinstance(data, (Iterator, Tensor)):
         raise TypeError(
-            "merge: 'data' must be batches that can be read more than once, "
+            f"{caller}: 'data' must be batches that can be read more than once, "
             f"got {'one tensor' if isinstance(data, Tensor) else 'an iterator'}; pass a DataLoader or a list of batches"
         )
     if max_batches is not None and max_batches < 1:
-        raise ValueError(f"merge: 'max_batches' must be at least 1 or None, got {max_batches}")
+        raise ValueError(f"{caller}: 'max_batches' must be at least 1 or None, got {max_batches}")
 
 
 def _gather(

@@ -232,9 +232,7 @@ def build(
     models = len(states)
     first = exported[0]
     trunk = extract(first, {**states[0], **merged}, begin=start, end=stop)
-    exits = [
-        Unmerge({axis: t[m] for axis, t in _targets(first, plan, plan.exit, groups, models)}) for m in range(models)
-    ]
+    exits = [Unmerge({axis: t[m] for axis, t in exit_targets(first, plan, groups, models)}) for m in range(models)]
     heads = [extract(e, s, begin=stop) for e, s in zip(exported, states)]
     stems: list[Part] = []
     entry = None
@@ -250,6 +248,13 @@ def build(
     ]
     origin = {"start": start, "stop": stop}
     return MultiHead(trunk, exits, heads, names, stems=stems, entry=entry, keywords=first.keywords, origin=origin)
+
+
+def exit_targets(
+    exported: Exported, plan: Plan, groups: Mapping[str, Groups], models: int
+) -> list[tuple[int, tuple[Tensor, ...]]]:
+    """Per axis of the value behind a trunk, per model, the merged position of each of its own positions."""
+    return _targets(exported, plan, plan.exit, groups, models)
 
 
 def _targets(

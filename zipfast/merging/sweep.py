@@ -60,7 +60,7 @@ def sweep(
         >>> import torch, zipfast
         >>> a, b = zipfast.zoo.mlp(8, (16,), 3), zipfast.zoo.mlp(8, (16,), 3)
         >>> data = [torch.randn(32, 8) for _ in range(2)]
-        >>> points = sweep([a, b], (data[0],), data, lambda m: float(m(data[0]).var()), alphas=(0.3, 1), betas=(0, 1))
+        >>> points = sweep([a, b], (data[0],), data, lambda m: m(data[0]).var().item(), alphas=(0.3, 1), betas=(0, 1))
         >>> [(point.alpha, point.beta) for point in points]
         [(0.3, 0), (0.3, 1), (1, 0), (1, 1)]
     """
