@@ -54,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--alphas", type=common.numbers, default=[0.1, 0.3, 0.5, 1.0], metavar="A,A", help="for --sweep")
     job.add_argument("--betas", type=common.numbers, default=[0.0, 0.125, 0.5, 1.0], metavar="B,B", help="for --sweep")
     how = parser.add_argument_group("matching")
-    how.add_argument("--method", choices=METHODS, default="zip", help="(default: %(default)s)")
+    how.add_argument("--method", choices=(*METHODS, "ensemble"), default="zip", help="(default: %(default)s)")
     how.add_argument("--similarity", choices=("activations", "weights", "mix"), default="activations")
     how.add_argument(
         "--mix", type=float, default=0.5, help="share of weights for --similarity mix (default: %(default)s)"

@@ -83,7 +83,7 @@ def merge(
     data: Iterable[Any],
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    method: Method = "zip",
+    method: Method | Literal["ensemble"] = "zip",
     similarity: Similarity = "activations",
     mix: float = 0.5,
     alpha: PerSpace = 1.0,
@@ -118,7 +118,7 @@ def merge(
             the keyword arguments in ``example_kwargs``. In a process group each process passes its own share.
         method: ``"zip"``; or a baseline: ``"permute"`` (one feature of each model per group, by scipy's assignment),
             ``"optimal"`` (best pairing, two models, by networkx), ``"kmeans"`` (by scikit-learn), ``"average"`` (feature
-            k with feature k).
+            k with feature k); ``"ensemble"`` merges nothing: a :class:`LogitEnsemble` of copies.
         similarity: by ``"activations"`` (their correlation on `data`), by ``"weights"`` (Git Re-Basin's weight matching,
             iterated; data only serves `reestimate`), or a ``"mix"`` of both, `mix` being the share of weights.
         alpha, beta: as in :func:`zipfast.match`, one number or by space (names or patterns); 1 and 1 are the best safe
@@ -169,11 +169,17 @@ def merge(
     if out is not None:
         shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in models]
         whole = start is None and stop is None and all(other == shapes[0] for other in shapes[1:])
-        (checkpoint.check_writable if whole else checkpoint.check_folder)(out)
+        (checkpoint.check_writable if whole or method == "ensemble" else checkpoint.check_folder)(out)
     clock = _Clock()
     with clock("export"):
         common = common_graph(models, example_inputs, example_kwargs, unknown=unknown, start=start, stop=stop)
     plan = common.graph.plan
+    if method == "ensemble":
+        ensemble = LogitEnsemble([copy.deepcopy(model) for model in models]).eval()
+        merged = Merged(ensemble, plan, {}, {}, clock.seconds, {"method": method, "zipfast": __version__})
+        if out is not None and distributed.rank() == 0:
+            merged.save(out)
+        return merged
     states = [dict(m.state_dict(keep_vars=True)) for m in models]
     skipped = spaces_named(plan, "skip", skip)
     hashes = [checkpoint.state_hash(state) for state in states]
@@ -250,14 +256,20 @@ def merge(
 
 
 class LogitEnsemble(nn.Module):
-    """The mean of the models' outputs: the upper bound that a merge is compared with, at M times its cost."""
+    """The mean of the models' outputs: the upper bound that a merge is compared with, at M times its cost.
+
+    Outputs of different sizes have no mean: then all are returned, as a list like a :class:`MultiHead`'s.
+    """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.stack([output_tensor(m(*args, **kwargs)) for m in self.models]).mean(0)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:
+        outputs = [output_tensor(m(*args, **kwargs)) for m in self.models]
+        if any(output.shape != outputs[0].shape for output in outputs):
+            return outputs
+        return torch.stack(outputs).mean(0)
 
 
 def _check_arguments(
