@@ -132,10 +132,52 @@ def section(name: str, documents: list[dict[str, Any]], empty: str) -> list[str]
     return out
 
 
-def page(documents: list[dict[str, Any]]) -> str:
+def merge_cost(folder: Path) -> list[str]:
+    """The section on a whole merge, from merge_cost.json."""
+    path = folder / "merge_cost.json"
+    if not path.exists():
+        return []
+    d = json.loads(path.read_text())
+    m, r, v = d["machine"], d["resnet50"], d["vit_b"]
+    memory, rest = r["memory"], r["rest_s"]
+    allowed = memory["before_mb"] + memory["features_mb"] + memory["moments_mb"]
+    return [
+        "## A whole merge",
+        "",
+        "```",
+        "python benches/merge_cost.py",
+        "```",
+        "",
+        f"Two ResNet-50 (random weights), four batches of 16 at 224x224, {title(m)}, torch {m['torch']}, commit "
+        f"{m['commit'][:12]}, {m['date'][:10]}; medians over {r['pairs']} pairs of batches.",
+        "",
+        table(
+            ["", "seconds", "part of the forward passes"],
+            [
+                ["forward passes of both models", f"{r['forward_s']:.2f}", "100 %"],
+                ["moments (the operator)", "", f"{100 * r['moments_of_forward']:.0f} %"],
+                [
+                    "gathering, all that it takes beyond the forward passes",
+                    "",
+                    f"{100 * r['gathering_of_forward']:.0f} %",
+                ],
+                *[[name, f"{value:.2f}", f"{100 * value / r['forward_s']:.1f} %"] for name, value in rest.items()],
+                ["planning to writing together", f"{sum(rest.values()):.2f}", f"{100 * r['rest_of_forward']:.1f} %"],
+                ["export (torch.export) and check of the second model", f"{r['export_s']:.2f}", ""],
+            ],
+        ),
+        f"Memory: {memory['before_mb']:.0f} MB with models and data loaded, {memory['peak_mb']:.0f} MB at the peak of "
+        f"gathering; the features of one batch that are read are {memory['features_mb']:.0f} MB, the moments "
+        f"{memory['moments_mb']:.0f} MB (together {allowed:.0f} MB). ViT-B: export {v['export_s']:.2f} s, walk "
+        f"{v['walk_s']:.3f} s.",
+        "",
+    ]
+
+
+def page(documents: list[dict[str, Any]], whole: list[str] | None = None) -> str:
     gpu = [d for d in documents if d["machine"]["gpu"]]
     cpu = [d for d in documents if not d["machine"]["gpu"]]
-    lines = [HEAD, *section("CPU", cpu, "not measured yet"), *section("GPU", gpu, "not measured yet")]
+    lines = [HEAD, *section("CPU", cpu, "not measured yet"), *(whole or []), *section("GPU", gpu, "not measured yet")]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -145,7 +187,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     options = parser.parse_args()
-    text = page(load(options.results))
+    text = page(load(options.results), merge_cost(options.results))
     if options.check:
         if options.page.exists() and options.page.read_text() == text:
             return 0

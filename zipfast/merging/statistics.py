@@ -253,15 +253,15 @@ def gather_moments(
     started = resume is not None
     for batch in islice(data, done, max_batches):
         args, kwargs = batch_inputs(batch, device)
-        values = [program.values(state, *args, **kwargs) for state in states]
-        rounds = _rounds(stats, values)
+        items = _items(stats, [program.values(state, *args, **kwargs) for state in states])
         if group and not started:
-            for moments, tensors, axis in (item for items in rounds for item in items):
+            for moments, tensors, axis in items:
                 moments.prepare(*tensors, axis=axis)
             distributed.share_shifts(stats.flat(), _stacked(stats))
         started = True
-        for items in rounds:
+        if items:  # all spaces in one call of the kernel
             update_all([m for m, _, _ in items], [t for _, t, _ in items], [a for _, _, a in items])
+        del items  # before the next batch's features are made: one batch's are held at a time
         stats.batches += 1
         if progress is not None:
             progress("moments", stats.batches)
@@ -278,16 +278,14 @@ def gather_moments(
     return stats
 
 
-def _rounds(
-    stats: SpaceMoments, values: Sequence[Mapping[str, Tensor]]
-) -> list[list[tuple[Moments, list[Tensor], int]]]:
-    """What to add, one list per call of the kernel, which writes each accumulator once."""
+def _items(stats: SpaceMoments, values: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, list[Tensor], int]]:
+    """What to add: for each tap its moments, the features of all models, and their axis."""
     items = []
     for space in stats.spaces:
         for moments, tap in zip(stats[space.name], stats.taps_of(space)):
             read = [features(value[tap.node], tap) for value in values]
             items.append((moments, [tensor for tensor, _ in read], read[0][1]))
-    return [items] if items else []
+    return items
 
 
 def _stacked(stats: SpaceMoments) -> list[int]:
