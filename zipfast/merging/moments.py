@@ -20,6 +20,7 @@ from torch import Tensor
 from ..ops.moments import NO_BAD_VALUE, moments_
 
 FORMAT = "zipfast.moments/1"
+PANEL = 256  # rows of a correlation matrix that are formed at a time
 SHIFT_SAMPLES = 16384  # of the first batch, to choose the shift by
 RELATIVE_FLOOR = 2.0**-18  # a standard deviation below this part of the mean is rounding, not signal
 
@@ -197,27 +198,42 @@ class Moments:
             ValueError: fewer than two samples; a feature that is not finite (model, sample and feature are named);
                 every feature dead.
         """
-        self._require(2)
-        covariance, mean = self.covariance(), self.mean()
-        if not bool(torch.isfinite(covariance).all()):
-            raise ValueError(
-                f"Moments: the features of space '{self.name}' are too large for their squares to be summed"
-            )
+        sums = self._require(2)
+        large = ValueError(
+            f"Moments: the features of space '{self.name}' are too large for their squares to be summed"
+        )
+        if not bool(torch.isfinite(sums.comoment.diagonal()).all()):
+            raise large
         alive = self.alive()
         if not bool(alive.any()):
             raise ValueError(
                 f"Moments: at least one feature of space '{self.name}' must vary, got {self.features} dead or constant "
                 "ones; check the data and that the models are trained"
             )
-        inverse = torch.where(alive, covariance.diagonal(), 1.0).rsqrt() * alive
-        result = (covariance * torch.outer(inverse, inverse)).clamp(-1, 1)
+        mean = sums.total / self.count
+        variance = (sums.comoment.diagonal() / self.count - mean * mean).clamp(min=0)
+        inverse = torch.where(alive, variance, 1.0).rsqrt() * alive
+        result = torch.empty(self.features, self.features, dtype=dtype, device=mean.device)
+        finite = torch.ones((), dtype=torch.bool, device=mean.device)
+        for start in range(0, self.features, PANEL):  # a panel of rows at a time: no further matrix of this size
+            rows = slice(start, start + PANEL)
+            part = torch.addr(sums.comoment[rows, start:] / self.count, mean[rows], mean[start:], alpha=-1)
+            part.mul_(inverse[rows, None]).mul_(inverse[start:]).clamp_(-1, 1)
+            square = part[:, : part.shape[0]]  # on the diagonal: what lies below it is not defined
+            finite &= torch.isfinite(part[:, part.shape[0] :]).all() & torch.isfinite(square.triu()).all()
+            square.copy_(square.triu(1) + square.triu(1).T)
+            square.diagonal().copy_(torch.where(alive[rows], 1.0, 0.0))
+            result[rows, start:] = part
+            result[start + PANEL :, rows] = result[rows, start + PANEL :].T
+        if not bool(finite):
+            raise large
         if pair_dead and not bool(alive.all()):
             dead = (~alive).nonzero()[:, 0]
-            value = mean[dead]
+            value = self.mean()[dead]
             size = torch.maximum(value.abs()[:, None], value.abs()[None, :])
             equal = (value[:, None] - value[None, :]).abs() <= RELATIVE_FLOOR * size
-            result[dead[:, None], dead[None, :]] = equal.to(result.dtype).fill_diagonal_(0)
-        return result.to(dtype)
+            result[dead[:, None], dead[None, :]] = equal.to(dtype).fill_diagonal_(0)
+        return result
 
     def check_finite(self) -> None:
         """Read the status the kernels left; one host synchronisation.
