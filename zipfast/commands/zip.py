@@ -222,7 +222,7 @@ def _merge(
     result: dict[str, Any],
 ) -> int:
     batches = min(len(data), args.batches or len(data))
-    totals = dict.fromkeys(("moments", "batch norm"), batches) | {"repair": 2 * batches}
+    totals = dict.fromkeys(("moments", "repair", "batch norm"), batches)
     with common.Progress(args.quiet, totals) as progress:
         merged = merging.merge(
             models,

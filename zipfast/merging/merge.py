@@ -133,7 +133,7 @@ def merge(
         reestimate: re-estimate batch-norm statistics on ``data``; without it a merged network with batch norm is near
             chance.
         repair: for layers without batch norm behind them, rescale merged features to the mean and spread of their parents
-            (REPAIR); two more passes over the data.
+            (REPAIR); one more pass over the data, of all models and the merged one.
         max_batches: read so many batches of ``data`` at most, for each pass.
         unknown: ``"freeze"`` leaves features unmerged that reach an op without a rule, instead of raising.
         statistics: of these models on other data or of an earlier run, instead of a pass over ``data``; or a
@@ -225,7 +225,8 @@ def merge(
         from .rescale import rescale
 
         with clock("repair"):
-            rescale(module, common, groups, states, _counted(data, "repair", max_batches, progress), weights)
+            batches = _counted(data, "repair", max_batches, progress)
+            rescale(module, common, groups, states, batches, weights, reestimate=reestimate)
     if reestimate:
         with clock("batch norm"):
             reestimate_batchnorm(module, _counted(data, "batch norm", max_batches, progress))

@@ -281,7 +281,7 @@ def _entry(
     ((axis, targets),) = found
     keep = len(targets[0])
     stacked = torch.cat(targets)
-    scale = torch.tensor([1.0] * models if weights is None else list(weights)).repeat_interleave(keep)
+    scale = torch.tensor([1.0] * models if weights is None else [float(w) for w in weights]).repeat_interleave(keep)
     order = stacked.argsort(stable=True)
     count = torch.bincount(stacked, minlength=keep)
     place = torch.arange(len(order)) - (count.cumsum(0) - count)[stacked[order]]  # within its group

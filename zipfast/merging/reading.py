@@ -75,10 +75,10 @@ def read_plan(flow: Flow, region: Region) -> Plan:
     for atom, used in uses.items():
         if all(use.role == "consume" for use in used) and atom not in entry:
             atom.reasons.add("no producer")  # constant features, e.g. padding; inputs have their own reason
-    inside = {parent for atom in uses for parent in parents[atom] if not atom.reasons}
-    for parent in inside:
-        parent.flags.add("blocks")  # whole blocks are matched, and the features of a block have one counterpart each
-    names = _names(uses, inside)
+    outer = _outer(flow, owners)
+    for atom in outer:
+        atom.flags.add("blocks")  # of two merges along one axis a model could lack every member: only one is free
+    names = _names(uses, outer)
     taps = choose_taps(flow, region, uses, parents)
     spaces = tuple(
         Space(
@@ -183,6 +183,17 @@ def _dependences(flow: Flow, owners: Mapping[Node, str]) -> dict[Atom, tuple[Ato
     return {
         atom: () if atom in frozen else tuple(sorted(own, key=lambda a: rank.get(a, 0))) for atom, own in found.items()
     }
+
+
+def _outer(flow: Flow, owners: Mapping[Node, str]) -> set[Atom]:
+    """Atoms with other mergeable ones inside them along some axis of a parameter: heads, groups."""
+    found: set[Atom] = set()
+    for node in owners:
+        for layout in flow.axes(node):
+            for _, factors in places(layout):
+                free = [factor for factor in factors if isinstance(factor, Atom) and not factor.reasons]
+                found |= set(free[:-1])
+    return found
 
 
 def _uses(

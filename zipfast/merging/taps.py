@@ -9,7 +9,7 @@ after their last use, as in a plain forward pass. A tapped value is copied only 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Tapped:
         self._copied = frozenset(node.name for node in nodes if node.name in self.nodes and node in written)
         self._guarded = [node in written for node in nodes if node.op == "placeholder"]
         self._short = _up_to_last(program.graph, self.nodes)
+        self._read = [bool(node.users) for node in self._short.nodes if node.op == "placeholder"]
         # A tied tensor has several names; a state dict without duplicates holds one of them.
         self._twins = {name: others for name, others in graph.plan.aliases.items()}
         self._twins |= {twin: (name, *others) for name, others in graph.plan.aliases.items() for twin in others}
@@ -97,15 +98,21 @@ class Tapped:
     def values(self, state: Mapping[str, Tensor], *inputs: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The values at the taps alone, by node name; nothing behind the last of them is run. See `run`."""
         device = next((value.device for value in state.values()), torch.device("cpu"))
-        placed = self._placeholders(state, device, inputs, kwargs)
+        placed = self._placeholders(state, device, inputs, kwargs, self._read)
         keeper = _Keeper(self.graph.program.graph_module, self.nodes, self._copied, device, self._short)
         with torch.no_grad():
             keeper.run(*placed)
         return keeper.kept
 
     def _placeholders(
-        self, state: Mapping[str, Tensor], device: torch.device, inputs: Any, kwargs: Mapping[str, Any]
+        self,
+        state: Mapping[str, Tensor],
+        device: torch.device,
+        inputs: Any,
+        kwargs: Mapping[str, Any],
+        read: Sequence[bool] | None = None,
     ) -> list[Any]:
+        """Values of the graph's inputs; `read`: which of them are needed (a head of another name is not)."""
         keywords = self.graph.exported.keywords
         if set(kwargs) != set(keywords):
             raise ValueError(f"run: keyword arguments must be {list(keywords)} as in the example, got {list(kwargs)}")
@@ -115,10 +122,12 @@ class Tapped:
             raise ValueError(f"run: 'inputs' must hold {len(wanted)} tensors as in the example, got {len(given)}")
         feed = iter(given)
         placed: list[Any] = []
-        for spec, guarded in zip(self._specs, self._guarded):
+        for spec, guarded, needed in zip(self._specs, self._guarded, read or [True] * len(self._specs)):
             value: Any
             if spec.kind is InputKind.USER_INPUT:
                 value = spec.arg.value if isinstance(spec.arg, ConstantArgument) else next(feed)
+            elif not needed:
+                value = None
             else:
                 value = self._tensor(str(spec.target), spec.kind, state, device)
             placed.append(value.clone() if guarded and isinstance(value, Tensor) else value)

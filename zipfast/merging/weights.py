@@ -10,7 +10,7 @@ Reference: Ainsworth et al. 2023 (Git Re-Basin, arXiv 2209.04836), §3.2, algori
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,12 +26,20 @@ SWEEPS = 50  # seen: 4 to 12
 
 
 def weight_similarity(
-    plan: Plan, space: Space, states: Sequence[Mapping[str, Tensor]], groups: Mapping[str, Groups], *, cosine: bool
+    plan: Plan,
+    space: Space,
+    states: Sequence[Mapping[str, Tensor]],
+    groups: Mapping[str, Groups],
+    *,
+    cosine: bool,
+    averaged: Collection[str] = (),
 ) -> Tensor:
     """Inner products (or cosines) of the weights of the stacked features of one space, float64 [M·total, M·total].
 
     Args:
         groups: of the other spaces, by which their axes are brought together; spaces without an entry keep their order.
+        averaged: spaces beside this one in the same blocks, whose order is not known before the blocks are matched: along
+            the axes that they share with it only their means and mean squares count, which no order changes.
 
     Cost: one product F x F x (weights per feature) over all uses.
     """
@@ -39,7 +47,9 @@ def weight_similarity(
     total = torch.zeros(models * space.total, models * space.total, dtype=torch.float64)
     for use in space.uses:
         if use.param not in plan.statistics:
-            rows = torch.cat([_rows(plan, space, use, state, groups, m, models) for m, state in enumerate(states)])
+            rows = torch.cat(
+                [_rows(plan, space, use, state, groups, m, models, averaged) for m, state in enumerate(states)]
+            )
             total += (rows @ rows.T).cpu()
     total = (total + total.T) / 2
     if not cosine:
@@ -57,10 +67,11 @@ def _rows(
     groups: Mapping[str, Groups],
     model: int,
     models: int,
+    averaged: Collection[str],
 ) -> Tensor:
     """The weights of each feature of one model along one use, float64 [total, weights]."""
     value = state[use.param].detach()
-    fixed = {space.name, *space.parents}
+    fixed = {space.name, *space.parents, *averaged}
     for axis in range(value.dim()):
         entries = [
             entry_of(plan, other, u, groups[other.name])
@@ -73,14 +84,25 @@ def _rows(
             length = value.shape[axis]
             moved = _AxisGroups(axis_targets(length, models, entries), length)
             value = regroup([value], *moved.members([model], value.device), None, axis)
-    end = use.offset + use.outer * space.size * use.block
-    at = torch.arange(end - use.offset)
-    row, block = at // use.block % space.size, torch.zeros_like(at)
+    length = use.outer * space.size * use.block
+    at = torch.arange(length)
+    row, rest = at // use.block % space.size, at - at // use.block % space.size * use.block
+    block = torch.zeros_like(at)
     for stride, parent in zip(use.parents, space.parents):
-        block = block * plan[parent].size + at // stride % plan[parent].size
-    order = (block * space.size + row).argsort(stable=True) + use.offset
-    picked = value.movedim(use.axis, 0)[order.to(value.device)]
-    return picked.reshape(space.total, -1).double()
+        index = at // stride % plan[parent].size
+        block, rest = block * plan[parent].size + index, rest - index * stride
+    row, beside = block * space.size + row, 1
+    for other in plan.mergeable:  # positions of the averaged spaces come last, as they are summed over
+        for u in other.uses:
+            if other.name in averaged and (u.param, u.axis, u.offset) == (use.param, use.axis, use.offset):
+                rest, beside = rest - at // u.block % other.size * u.block, beside * other.size
+    order = (row * length + rest).argsort(stable=True) + use.offset
+    picked = value.movedim(use.axis, 0)[order.to(value.device)].double()
+    picked = picked.reshape(space.total, -1, beside, picked[0].numel())
+    if beside > 1:
+        picked = torch.stack([picked.mean(2), picked.square().mean(2)])
+        return picked.transpose(0, 1).reshape(space.total, -1)
+    return picked.reshape(space.total, -1)
 
 
 def match_weights(
@@ -124,8 +146,9 @@ def match_weights(
             names = {space.name for space in family}
             for space in family:
                 if not plan.children(space.name):
-                    others = {name: g for name, g in groups.items() if name not in names or name == space.name}
-                    raw = weight_similarity(plan, space, states, others, cosine=cosine)
+                    raw = weight_similarity(
+                        plan, space, states, groups, cosine=cosine, averaged=names - {space.name, *space.parents}
+                    )
                     similarities[space.name] = blend(space.name, raw)
             part = replace(plan, spaces=family + frozen)
             new = solve(part, {name: similarities[name] for name in names if name in similarities})
