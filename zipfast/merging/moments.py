@@ -199,9 +199,7 @@ class Moments:
                 every feature dead.
         """
         sums = self._require(2)
-        large = ValueError(
-            f"Moments: the features of space '{self.name}' are too large for their squares to be summed"
-        )
+        large = ValueError(f"Moments: the features of space '{self.name}' are too large for their squares to be summed")
         if not bool(torch.isfinite(sums.comoment.diagonal()).all()):
             raise large
         alive = self.alive()

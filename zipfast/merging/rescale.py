@@ -183,7 +183,7 @@ class _Pass:
         self._run(merged, see, self.norms if reestimate else {}, args, kwargs)
 
     def _run(self, state: Mapping[str, Tensor], see: Any, norms: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        placed = self.program._placeholders(state, self.device, args, kwargs)
+        placed = self.program.placeholders(state, self.device, args, kwargs, self.short)
         with torch.no_grad():
             _Visitor(self.graph.program.graph_module, self.short, self.device, see, norms).run(*placed)
 

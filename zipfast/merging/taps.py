@@ -9,7 +9,7 @@ after their last use, as in a plain forward pass. A tapped value is copied only 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -60,7 +60,6 @@ class Tapped:
         self._copied = frozenset(node.name for node in nodes if node.name in self.nodes and node in written)
         self._guarded = [node in written for node in nodes if node.op == "placeholder"]
         self._short = _up_to_last(program.graph, self.nodes)
-        self._read = [bool(node.users) for node in self._short.nodes if node.op == "placeholder"]
         # A tied tensor has several names; a state dict without duplicates holds one of them.
         self._twins = {name: others for name, others in graph.plan.aliases.items()}
         self._twins |= {twin: (name, *others) for name, others in graph.plan.aliases.items() for twin in others}
@@ -82,7 +81,7 @@ class Tapped:
             ValueError: a parameter is missing, or the tensors are not as many as in the example.
         """
         device = next((value.device for value in state.values()), torch.device("cpu"))
-        placed = self._placeholders(state, device, inputs, kwargs)
+        placed = self.placeholders(state, device, inputs, kwargs)
         keeper = _Keeper(self.graph.program.graph_module, self.nodes, self._copied, device)
         with torch.no_grad():
             results = keeper.run(*placed)
@@ -98,21 +97,24 @@ class Tapped:
     def values(self, state: Mapping[str, Tensor], *inputs: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The values at the taps alone, by node name; nothing behind the last of them is run. See `run`."""
         device = next((value.device for value in state.values()), torch.device("cpu"))
-        placed = self._placeholders(state, device, inputs, kwargs, self._read)
+        placed = self.placeholders(state, device, inputs, kwargs, self._short)
         keeper = _Keeper(self.graph.program.graph_module, self.nodes, self._copied, device, self._short)
         with torch.no_grad():
             keeper.run(*placed)
         return keeper.kept
 
-    def _placeholders(
+    def placeholders(
         self,
         state: Mapping[str, Tensor],
         device: torch.device,
         inputs: Any,
         kwargs: Mapping[str, Any],
-        read: Sequence[bool] | None = None,
+        short: torch.fx.Graph | None = None,
     ) -> list[Any]:
-        """Values of the graph's inputs; `read`: which of them are needed (a head of another name is not)."""
+        """Values of the graph's inputs, in order; None for those that a shortened graph does not read."""
+        needs = [True] * len(self._specs)
+        if short is not None:
+            needs = [bool(node.users) for node in short.nodes if node.op == "placeholder"]
         keywords = self.graph.exported.keywords
         if set(kwargs) != set(keywords):
             raise ValueError(f"run: keyword arguments must be {list(keywords)} as in the example, got {list(kwargs)}")
@@ -122,7 +124,7 @@ class Tapped:
             raise ValueError(f"run: 'inputs' must hold {len(wanted)} tensors as in the example, got {len(given)}")
         feed = iter(given)
         placed: list[Any] = []
-        for spec, guarded, needed in zip(self._specs, self._guarded, read or [True] * len(self._specs)):
+        for spec, guarded, needed in zip(self._specs, self._guarded, needs):
             value: Any
             if spec.kind is InputKind.USER_INPUT:
                 value = spec.arg.value if isinstance(spec.arg, ConstantArgument) else next(feed)
