@@ -54,10 +54,9 @@ def reestimate_batchnorm(module: nn.Module, batches: Iterable[Any], *, max_batch
     if not layers:
         return 0
     iterator = iter(batches if max_batches is None else islice(batches, max_batches))
-    try:
-        first = next(iterator)  # before anything is reset, so that empty data leaves the model as it was
-    except StopIteration:
-        raise ValueError("reestimate_batchnorm: 'batches' must hold at least one batch, got none") from None
+    first = list(islice(iterator, 1))  # before anything is reset, so that empty data leaves the model as it was
+    if not first and distributed.world_size() == 1:  # of several workers one may have no share
+        raise ValueError("reestimate_batchnorm: 'batches' must hold at least one batch, got none")
 
     tensor = next(chain(module.parameters(), module.buffers()))
     modes = [(m, m.training) for m in module.modules()]
@@ -70,7 +69,7 @@ def reestimate_batchnorm(module: nn.Module, batches: Iterable[Any], *, max_batch
             layer.training, layer.momentum = True, None
             layer.reset_running_stats()
         with torch.no_grad():
-            for batch in chain([first], iterator):
+            for batch in chain(first, iterator):
                 args, kwargs = batch_inputs(batch, tensor.device)
                 module(*args, **kwargs)
             _share(layers)
