@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from .flow import Flow, UnknownOpError, apply_rule, op_name, shape_of
+from . import rules, rules_shapes  # noqa: F401  (importing them fills the table of rules)
+from .flow import RULES, Flow, UnknownOpError, apply_rule, op_name, shape_of
 from .graph import Exported, Graph, export
 from .layout import freeze, frozen_atom, one, own_atom, settle, size_of
 from .reading import Region, is_statistic, read_plan
-from .rules import RULES  # importing the rules fills their table
 
 __all__ = ["RULES", "Graph", "find_spaces", "part_of"]
 
