@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from .flow import Flow, shape_of
 from .graph import Exported, Graph, module_path
+from .parts import memory_of, only_writes
 from .reading import Region, splittable
 from .spaces import walk
 
@@ -59,7 +60,8 @@ def cuts(graph: Graph) -> list[Cut]:
 
     walk(exported, graph.unknown, Region(exported), visit)
     weights = _weights(exported)
-    total = sum(math.prod(exported.shapes[name]) for name in weights.values() if name in exported.shapes)
+    sizes = {exported.twins[name][0]: math.prod(exported.shapes[name]) for name in weights.values()}  # tied ones once
+    total, last = sum(sizes.values()), max((exported.order[user] for node in weights for user in node.users), default=0)
     found, before, seen = [], 0, set[str]()
     for node in exported.nodes:
         for source in node.all_input_nodes:
@@ -67,7 +69,7 @@ def cuts(graph: Graph) -> list[Cut]:
             if name is not None and exported.twins[name][0] not in seen:
                 seen.add(exported.twins[name][0])
                 before += math.prod(exported.shapes[name])
-        if node in joints and before < total:
+        if node in joints and exported.order[node] < last:  # some weight is read behind it
             shape = tuple(s if isinstance(s, int) else -1 for s in node.meta["val"].shape)
             found.append(Cut(node.name, module_path(node), shape, before, before / total))
     return found
@@ -113,10 +115,17 @@ def _weights(exported: Exported) -> dict[Node, str]:
 def _bottlenecks(exported: Exported) -> list[Node]:
     """Nodes behind which no other value of the flow is used."""
     last = {source: i for i, node in enumerate(exported.nodes) for source in node.all_input_nodes}
+    # Memory that inputs alone made, and into which the flow is written: open from there to its last use, views' included.
+    filled = {memory_of(n) for n in exported.flows if only_writes(n)} - exported.flows
+    for source, i in list(last.items()):
+        if memory_of(source) in filled:
+            last[memory_of(source)] = max(i, last[memory_of(source)])
     found: list[Node] = []
     open_: set[Node] = set()
     for i, node in enumerate(exported.nodes):
         open_ = {other for other in open_ if last[other] > i}
+        if only_writes(node) and node in exported.flows and memory_of(node) in filled and last[memory_of(node)] > i:
+            open_.add(memory_of(node))
         if node in exported.flows and isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             if last.get(node, -1) > i:
                 open_.add(node)

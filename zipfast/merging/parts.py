@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,12 +23,14 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from .flow import op_name
 from .graph import Exported
+from .taps import MAY_ALIAS
 
 HELPERS = {f"operator.{name}": getattr(operator, name) for name in ("getitem", "mul", "add", "sub", "floordiv", "neg")}
 HELPERS |= {"math.floor": math.floor, "math.ceil": math.ceil, "math.trunc": math.trunc}
 HELPERS |= {f"torch.sym_{name}": getattr(torch, f"sym_{name}") for name in ("int", "float", "max", "min", "not")}
 IGNORED = ("_assert", "sym_constrain", "_set_grad")  # checks of the exporter: they compute nothing
 NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+KINDS = ("placeholder", "get_attr", "call_function", "call_module", "output")
 
 
 class Part(GraphModule):
@@ -49,22 +52,22 @@ class Part(GraphModule):
         """The part that `to_data` described, with these weights.
 
         Raises:
-            ValueError: an operator that is not accepted, or a weight that is missing.
+            ValueError: an operator or a name that is not accepted, a weight that is missing, damaged data.
         """
-        graph, env, root = FxGraph(), dict[str, Node](), nn.Module()
-        for item in data["nodes"]:
-            args, kwargs = _decode(item["args"], env), _decode(item["kwargs"], env)
-            target: Any = item["target"]
-            if item["op"] == "call_function":
-                target = _function(target)
-            elif item["op"] == "call_module":
-                _set_norm(root, target, item["norm"], tensors)
-            elif item["op"] == "get_attr":
-                if target not in tensors:
-                    raise ValueError(f"load: the weights must hold {target!r}, got {len(tensors)} tensors without it")
-                _set_tensor(root, target, tensors[target], item["kind"] == "parameter")
-            env[item["name"]] = graph.create_node(item["op"], target, tuple(args), kwargs, item["name"])
-        return _finish(root, graph, tuple(data["inputs"]), tuple(data["names"]))
+        try:
+            return _from_data(data, tensors)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, SyntaxError, AssertionError) as error:
+            raise ValueError(f"load: the graph is damaged ({type(error).__name__}: {error})") from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
+        part: Any = super().__deepcopy__(memo)
+        part.inputs, part.names = self.inputs, self.names
+        return part
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tensors = dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers(remove_duplicate=False))
+        modes = {name: module.training for name, module in self.named_modules()}
+        return _restore, (self.to_data(), tensors, modes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
@@ -72,12 +75,51 @@ class Part(GraphModule):
         if device is not None:  # the export wrote the example's device into ops that make tensors
             changed = False
             for node in self.graph.nodes:
-                if node.op == "call_function" and node.kwargs.get("device") not in (None, device):
-                    node.kwargs = {**node.kwargs, "device": device}
+                written = [v for v in (*node.args, *node.kwargs.values()) if isinstance(v, torch.device)]
+                if any(value != device for value in written):
+                    node.args = tuple(device if isinstance(v, torch.device) else v for v in node.args)
+                    node.kwargs = {k: device if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
                     changed = True
             if changed:
                 self.recompile()
         return result
+
+
+def _restore(data: Mapping[str, Any], tensors: Mapping[str, Tensor], modes: Mapping[str, bool]) -> Part:
+    part = Part.from_data(data, tensors)
+    for name, value in part.named_parameters():
+        value.requires_grad_(tensors[name].requires_grad)
+    for name, module in part.named_modules():
+        module.training = modes[name]
+    return part
+
+
+def _from_data(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part:
+    graph, env, root = FxGraph(), dict[str, Node](), nn.Module()
+    for item in data["nodes"]:
+        _check_item(item)
+        args, kwargs = _decode(item["args"], env), _decode(item["kwargs"], env)
+        target: Any = item["target"]
+        if item["op"] == "call_function":
+            target = _function(target)
+        elif item["op"] == "call_module":
+            _set_norm(root, target, item["norm"], tensors)
+        elif item["op"] == "get_attr":
+            if target not in tensors:
+                raise ValueError(f"load: the weights must hold {target!r}, got {len(tensors)} tensors without it")
+            _set_tensor(root, target, tensors[target], item["kind"] == "parameter")
+        env[item["name"]] = graph.create_node(item["op"], target, tuple(args), kwargs, item["name"])
+    return _finish(root, graph, tuple(data["inputs"]), tuple(data["names"]))
+
+
+def _check_item(item: Mapping[str, Any]) -> None:
+    """Refuse what would not stay a name in the Python code that torch.fx writes for a graph."""
+    kind, target = item["op"], item["target"]
+    names = [target] if kind == "placeholder" else []
+    if kind not in KINDS or not all(str(name).isidentifier() for name in (*names, *item["kwargs"].get("dict", ()))):
+        raise ValueError(f"load: a graph must consist of {', '.join(KINDS)} with plain names, got {kind} {target!r}")
+    if kind in ("get_attr", "call_module") and not re.fullmatch(r'[^"\\\x00-\x1f]+', target):
+        raise ValueError(f"load: a weight must have a plain name, got {target!r}")
 
 
 def extract(
@@ -99,10 +141,15 @@ def extract(
     start = None if begin is None else exported.by_name[begin]
     outputs, names = _outputs(exported) if end is None else ([exported.by_name[end]], [""])
     last = exported.order[outputs[0]] if end is not None else len(exported.nodes)
-    writes = [
-        n for n in exported.nodes if _only_writes(n) and (start is None or exported.order[n] > exported.order[start])
-    ]
-    needed = _needed([*outputs, *(n for n in writes if exported.order[n] <= last)], start)
+    first = -1 if start is None else exported.order[start]
+    writes = [n for n in exported.nodes if only_writes(n) and exported.order[n] <= last]
+    needed = _needed([*outputs, *(n for n in writes if exported.order[n] > first)], start)
+    # What inputs alone decide, e.g. a mask, is computed on both sides of `start`, with what was written to it before.
+    early = [n for n in writes if exported.order[n] < first and n not in exported.flows]
+    while early:
+        found = [n for n in early if memory_of(n) in {memory_of(other) for other in needed}]
+        early = [n for n in early if n not in found] if found else []
+        needed = _needed(found, start) | needed
     graph, env, root, inputs = FxGraph(), dict[Node, Any](), nn.Module(), list[str]()
     if start is not None:
         env[start] = graph.placeholder(start.name)
@@ -161,9 +208,20 @@ def _outputs(exported: Exported) -> tuple[list[Node], list[str]]:
     return [node for node, _ in wanted], [paths.get(i, f"output{i}") for _, i in wanted]
 
 
-def _only_writes(node: Node) -> bool:
+def only_writes(node: Node) -> bool:
     """Whether a node's only effect is on the memory of its inputs, e.g. an assignment to a slice."""
     return not node.users and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def memory_of(node: Node) -> Node:
+    """The node that made the memory in which a node's value lies: what it is a view of, or was written to."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        schema = getattr(node.target, "_schema", None)
+        shares = schema is not None and schema.arguments[0].alias_info is not None
+        if not shares and op_name(node) not in MAY_ALIAS.split():
+            break
+        node = node.args[0]
+    return node
 
 
 def _needed(outputs: Sequence[Node], start: Node | None) -> set[Node]:
@@ -276,7 +334,9 @@ def _norm_tensors(
     exported: Exported, state: Mapping[str, Tensor], node: Node, path: str, specs: Mapping[Node, Any]
 ) -> dict[str, Tensor]:
     names = [str(specs[value].target) for value in node.args[1:5] if isinstance(value, Node)]
-    return {name: _lookup(exported, state, name) for name in names}
+    counter = f"{path}.num_batches_tracked"
+    found = {name: _lookup(exported, state, name) for name in names}
+    return found | ({counter: state[counter]} if counter in state else {})
 
 
 def _set_norm(root: nn.Module, path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -292,8 +352,9 @@ def _set_norm(root: nn.Module, path: str, config: Mapping[str, Any], tensors: Ma
     missing = [key for key in norm.state_dict() if key not in own and key != "num_batches_tracked"]
     if missing:
         raise ValueError(f"load: the weights must hold '{path}.{missing[0]}', got {len(tensors)} tensors without it")
-    norm.load_state_dict({k: v.clone() for k, v in own.items()}, strict=False)
-    root.add_module(leaf, norm.to(next(iter(own.values())).device, next(iter(own.values())).dtype))
+    norm.to(own["running_mean"].device, own["running_mean"].dtype)  # first: float32 would round float64
+    norm.load_state_dict(own, strict=False)
+    root.add_module(leaf, norm)
 
 
 # ------------------------------------------------------------------------------------------ graphs as data
@@ -325,7 +386,7 @@ def _node_data(part: Part, node: Node) -> dict[str, Any]:
 
 
 def _function_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         return str(target)
     for name, function in HELPERS.items():
         if target is function:
@@ -339,8 +400,9 @@ def _function(name: str) -> Any:
     namespace, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
     found = getattr(getattr(torch.ops.aten, packet, None), overload, None) if namespace == "aten" else None
-    if not isinstance(found, torch._ops.OpOverload):
-        raise ValueError(f"load: operator {name!r} must be one of this PyTorch's own")
+    files = isinstance(found, torch._ops.OpOverload) and any(a.name == "filename" for a in found._schema.arguments)
+    if not isinstance(found, torch._ops.OpOverload) or files:
+        raise ValueError(f"load: operator {name!r} must be one of this PyTorch's own, and read or write no file")
     return found
 
 
@@ -376,6 +438,8 @@ def _decode(value: Any, env: Mapping[str, Node]) -> Any:
         return [_decode(item, env) for item in value]
     if not isinstance(value, Mapping):
         return value
+    if len(value) != 1:
+        raise ValueError(f"load: a graph argument must be of one kind, got {list(value)}")
     ((key, data),) = value.items()
     if key == "node":
         return env[data]
@@ -387,7 +451,7 @@ def _decode(value: Any, env: Mapping[str, Node]) -> Any:
         return float(data)
     if key == "device":
         return torch.device(data)
-    found = getattr(torch, data, None)
-    if key not in _SPECIAL or not isinstance(found, _SPECIAL[key]):
+    found = getattr(torch, str(data), None) if key in _SPECIAL else None
+    if found is None or not isinstance(found, _SPECIAL[key]):
         raise ValueError(f"load: a graph argument must be plain data, got {key} {data!r}")
     return found
