@@ -149,7 +149,7 @@ def merge_cost(folder: Path) -> list[str]:
         "```",
         "",
         f"Two ResNet-50 (random weights), four batches of 16 at 224x224, {title(m)}, torch {m['torch']}, commit "
-        f"{m['commit'][:12]}, {m['date'][:10]}; medians over {r['pairs']} pairs of batches.",
+        f"{m['commit'][:12]}, {m['date'][:10]}; medians over {r['pairs']} pairs.",
         "",
         table(
             ["", "seconds", "part of the forward passes"],

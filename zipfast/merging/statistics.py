@@ -253,15 +253,18 @@ def gather_moments(
     started = resume is not None
     for batch in islice(data, done, max_batches):
         args, kwargs = batch_inputs(batch, device)
-        items = _items(stats, [program.values(state, *args, **kwargs) for state in states])
-        if group and not started:
-            for moments, tensors, axis in items:
-                moments.prepare(*tensors, axis=axis)
-            distributed.share_shifts(stats.flat(), _stacked(stats))
+        if device.type == "cpu" and (started or not group):
+            for node, found in program.together(states, *args, **kwargs):
+                _add(_items(stats, [{node: value} for value in found], node))
+        else:  # a GPU takes all spaces in one launch; the first batch of several workers waits for the shifts
+            items = _items(stats, [program.values(state, *args, **kwargs) for state in states])
+            if group and not started:
+                for moments, tensors, axis in items:
+                    moments.prepare(*tensors, axis=axis)
+                distributed.share_shifts(stats.flat(), _stacked(stats))
+            _add(items)
+            del items  # before the next batch's features are made: one batch's are held at a time
         started = True
-        if items:  # all spaces in one call of the kernel
-            update_all([m for m, _, _ in items], [t for _, t, _ in items], [a for _, _, a in items])
-        del items  # before the next batch's features are made: one batch's are held at a time
         stats.batches += 1
         if progress is not None:
             progress("moments", stats.batches)
@@ -278,14 +281,23 @@ def gather_moments(
     return stats
 
 
-def _items(stats: SpaceMoments, values: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, list[Tensor], int]]:
-    """What to add: for each tap its moments, the features of all models, and their axis."""
+_Item = tuple[Moments, list[Tensor], int]
+
+
+def _items(stats: SpaceMoments, values: Sequence[Mapping[str, Tensor]], node: str | None = None) -> list[_Item]:
+    """What to add: for each tap (at one node) its moments, the features of all models, and their axis."""
     items = []
     for space in stats.spaces:
         for moments, tap in zip(stats[space.name], stats.taps_of(space)):
-            read = [features(value[tap.node], tap) for value in values]
-            items.append((moments, [tensor for tensor, _ in read], read[0][1]))
+            if node in (None, tap.node):
+                read = [features(value[tap.node], tap) for value in values]
+                items.append((moments, [tensor for tensor, _ in read], read[0][1]))
     return items
+
+
+def _add(items: Sequence[_Item]) -> None:
+    if items:
+        update_all([m for m, _, _ in items], [t for _, t, _ in items], [a for _, _, a in items])
 
 
 def _stacked(stats: SpaceMoments) -> list[int]:

@@ -9,7 +9,7 @@ after their last use, as in a plain forward pass. A tapped value is copied only 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,30 @@ class Tapped:
         with torch.no_grad():
             keeper.run(*placed)
         return keeper.kept
+
+    def together(
+        self, states: Sequence[Mapping[str, Tensor]], *inputs: Any, **kwargs: Any
+    ) -> Iterator[tuple[str, list[Tensor]]]:
+        """Run several models in step: (node name, its value in each) as soon as a tapped value is there in all.
+
+        Each value is to be used before the next is asked for: it is not kept, and a model that works in place may write to
+        it then. So the features of one place are held at a time, not those of all.
+        """
+        device = next((value.device for value in states[0].values()), torch.device("cpu"))
+        module, short, nothing = self.graph.program.graph_module, self._short, frozenset[str]()
+        runs = [_Keeper(module, self.nodes, nothing, device, short) for _ in states]
+        for run, state in zip(runs, states):
+            run.args_iter = iter(self.placeholders(state, device, inputs, kwargs, short))
+        for node in short.nodes:
+            if node.op == "output":
+                return
+            with torch.no_grad():
+                for run in runs:
+                    run.env[node] = run.run_node(node)
+                    for last in run.user_to_last_uses.get(node, ()):
+                        del run.env[last]
+            if node.name in self.nodes:
+                yield node.name, [run.kept.pop(node.name) for run in runs]
 
     def placeholders(
         self,
