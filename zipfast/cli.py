@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--epochs", type=int, default=15, help="epochs per model (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
 
-    zip_ = commands.add_parser("zip", help="merge trained models of one architecture (ZipIt!), wholly or up to a cut")
+    about = "merge trained models of one architecture (ZipIt!), wholly or up to a cut"
+    zip_ = commands.add_parser("zip", help=about, allow_abbrev=False)  # a short --conf would not be read as --config
 
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["zip"]:
@@ -41,17 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]) -> int:
     """A command with a module of its own, whose options may stand in a YAML file."""
-    module = import_module(f"zipfast.commands.{name}")
-    common = import_module("zipfast.commands.common")
-    module.configure(parser)
-    common.add_common(parser)
     try:
+        module = import_module(f"zipfast.commands.{name}")
+        common = import_module("zipfast.commands.common")
+        module.configure(parser)
+        common.add_common(parser)
         return int(module.run(common.parse(parser, argv)))
     except KeyboardInterrupt:
         print(f"zipfast {name}: interrupted; files are whole or not there", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
-        print(f"zipfast {name}: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"zipfast {name}: {' '.join(str(e).split()).removeprefix(f'{name}: ')}", file=sys.stderr)
         return 1
 
 

@@ -22,7 +22,8 @@ def accuracy(module: nn.Module, batches: Iterable[Any], *, head: int | None = No
         head: which head the labels belong to.
 
     Raises:
-        ValueError: no batch, no labels, heads of different sizes without `head`, or labels that the head does not have.
+        ValueError: no batch, no labels, heads of different sizes without `head`, labels of another shape than the answers
+            or that the head does not have.
 
     Cost: one pass.
 
@@ -42,6 +43,11 @@ def accuracy(module: nn.Module, batches: Iterable[Any], *, head: int | None = No
             args, kwargs = batch_inputs(batch, device)
             logits = _logits(module(*args, **kwargs), head)
             classes, labels = logits.shape[-1], labels.to(device)
+            if labels.shape != logits.shape[:-1]:  # else they would be compared all with all
+                raise ValueError(
+                    f"accuracy: labels must have the shape {list(logits.shape[:-1])} of the answers, "
+                    f"got {list(labels.shape)}"
+                )
             if labels.numel() and (int(labels.max()) >= classes or int(labels.min()) < 0):
                 which = "the model" if head is None else f"head {head}"
                 raise ValueError(

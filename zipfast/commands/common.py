@@ -12,7 +12,9 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,11 +67,37 @@ def load_data(spec: str, args: argparse.Namespace, shard: tuple[int, int] = (0, 
     return data
 
 
-def numbers(text: str) -> list[float]:
-    """'1,2.5' as [1.0, 2.5]."""
+def use_device(name: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        ValueError: there is no such kind. RuntimeError: it cannot be used here.
+    """
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: must be cpu or cuda, got {name!r}") from None
+    if found.type != "cuda":
+        return found
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device: {name!r} cannot be used, as torch sees no GPU here; see zipfast info")
+    return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def batches_of(data: Any, most: int | None) -> int | None:
+    """How many batches a pass over the data has, `most` at most; None where nothing says it."""
+    try:
+        known = len(data)
+    except TypeError:  # a Python loader without a length
+        return most
+    return known if most is None else min(known, most)
+
+
+def numbers(text: str | Sequence[Any]) -> list[float]:
+    """'1,2.5' as [1.0, 2.5]; a YAML file may hold the list."""
+    try:
+        return [float(part) for part in (text.split(",") if isinstance(text, str) else text)]
+    except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(f"must be numbers with commas between them, got {text!r}") from None
 
 
@@ -86,26 +114,51 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     if config is not None:
         values = read_yaml(config)
         actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+        lists: dict[str, Any] = {}
         for key, value in values.items():
             name = str(key).replace("-", "_")
             if name not in actions:
                 near = get_close_matches(name, actions, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(actions))}"
                 raise ValueError(f"config: {config} must hold options of this command, got {key!r}{hint}")
-            action = actions[name]
-            if isinstance(value, list) and action.type is numbers:
-                value = [float(item) for item in value]
-            elif action.type is not None and isinstance(value, str):
-                value = action.type(value) if callable(action.type) else value
-            if action.choices is not None and value not in action.choices:
-                raise ValueError(
-                    f"config: '{key}' in {config} must be one of {', '.join(action.choices)}, got {value!r}"
-                )
-            action.default = value
-            if not action.option_strings:
-                action.nargs = "*"  # given in the file: the command line need not repeat it
+            if value is None:  # "out:" with nothing behind it
+                continue
+            try:
+                value = _option(actions[name], value)
+            except (argparse.ArgumentTypeError, ValueError, TypeError) as e:
+                raise ValueError(f"config: '{key}' in {config} {e}") from None
+            if isinstance(actions[name], argparse._AppendAction):
+                lists[name] = value  # as a default, flags would be appended to it
+            else:
+                actions[name].default = value
         parser.set_defaults(**{key: action.default for key, action in actions.items()})
+        args = parser.parse_args(list(argv))
+        for name, value in lists.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        return args
     return parser.parse_args(list(argv))
+
+
+def _option(action: argparse.Action, value: Any) -> Any:
+    """A value of a YAML file as the flag would give it; an error says what it must be."""
+    if isinstance(action.nargs, str) or isinstance(action, argparse._AppendAction):
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise ValueError(f"must be a text or a list of texts, got {value!r}")
+        return items
+    if action.type in (int, float) and isinstance(value, str):
+        with suppress(ValueError):  # YAML takes 1e-3 for a text
+            value = action.type(value)
+    kinds: dict[Any, tuple[Any, str]] = {None: (str, "a text"), int: (int, "a whole number"), float: (Real, "a number")}
+    kind, wanted = (bool, "true or false") if action.nargs == 0 else kinds.get(action.type, (None, ""))
+    if kind is None and callable(action.type):
+        value = action.type(value)
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"must be {wanted}, got {value!r}")
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"must be one of {', '.join(action.choices)}, got {value!r}")
+    return value
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -177,7 +230,8 @@ class Progress:
             try:
                 from tqdm import tqdm
 
-                self.bar = tqdm(total=total, desc=stage, unit="batch", leave=False)
+                # None: a bar is for a terminal; in a log, errors and warnings stand alone
+                self.bar = tqdm(total=total, desc=stage, unit="batch", leave=False, disable=None)
             except ImportError:
                 self.bar = None
         if self.bar is not None:

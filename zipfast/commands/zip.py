@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from .. import checkpoint, distributed, merging, sources
 from ..evaluate import accuracy
 from ..merging.assign import METHODS
+from ..merging.common import common_graph
 from ..merging.sweep import plot_sweep, sweep
 from . import common
 
@@ -43,7 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--input-shape", type=shape, metavar="3x224x224", help="of one sample, where no data says it")
     common.add_data(parser)
     job = parser.add_argument_group("job")
-    job.add_argument("--out", metavar="PATH", help="write there: .safetensors, or a folder for several heads")
+    job.add_argument(
+        "--out", metavar="PATH", help="write there: .safetensors, a folder for several heads, .json for --sweep"
+    )
     job.add_argument("--plan-only", action="store_true", help="print the feature spaces and stop")
     job.add_argument("--cuts", action="store_true", help="print the valid cuts and stop")
     job.add_argument("--verify", action="store_true", help="check on the first model what the plan promises, and stop")
@@ -77,10 +82,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--statistics", metavar="FILE", help=".safetensors to keep the statistics in, and to resume from")
 
 
-def arguments(text: str) -> dict[str, Any] | list[dict[str, Any]]:
-    """A JSON object, or a list of them."""
+def arguments(text: Any) -> dict[str, Any] | list[dict[str, Any]]:
+    """A JSON object, or a list of them; a YAML file may hold them as they are."""
     try:
-        value = json.loads(text)
+        value = json.loads(text) if isinstance(text, str) else text
     except json.JSONDecodeError as e:
         raise argparse.ArgumentTypeError(f"must be JSON, got {text!r} ({e})") from None
     if not all(isinstance(item, dict) for item in (value if isinstance(value, list) else [value])):
@@ -88,21 +93,23 @@ def arguments(text: str) -> dict[str, Any] | list[dict[str, Any]]:
     return value
 
 
-def shape(text: str) -> tuple[int, ...]:
-    """'3x224x224' as (3, 224, 224)."""
+def shape(text: str | Sequence[int]) -> tuple[int, ...]:
+    """'3x224x224' as (3, 224, 224); a YAML file may hold the list."""
     try:
-        return tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
+        return tuple(int(part) for part in (text.lower().split("x") if isinstance(text, str) else text))
+    except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(f"must be sizes with an x between them, got {text!r}") from None
 
 
-def per_space(text: str) -> float | dict[str, float]:
-    """'0.3', or '*.conv1=0.5,fc=1' as a mapping."""
+def per_space(text: str | float | Mapping[str, float]) -> float | dict[str, float]:
+    """'0.3', or '*.conv1=0.5,fc=1' as a mapping; a YAML file may hold the mapping."""
     try:
-        if "=" not in text:
+        if isinstance(text, Mapping):
+            return {str(name): float(value) for name, value in text.items()}
+        if not isinstance(text, str) or "=" not in text:
             return float(text)
         return {name.strip(): float(value) for name, _, value in (part.rpartition("=") for part in text.split(","))}
-    except ValueError:
+    except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(
             f"must be a number, or NAME=NUMBER with commas between, got {text!r}"
         ) from None
@@ -111,19 +118,15 @@ def per_space(text: str) -> float | dict[str, float]:
 def run(args: argparse.Namespace) -> int:
     """Do the command."""
     with distributed.process_group() as (rank, world):
-        if args.out is not None and not (args.plan_only or args.cuts or args.verify or args.sweep):
-            (checkpoint.check_writable if str(args.out).endswith(".safetensors") else checkpoint.check_folder)(args.out)
-        if args.plots is not None:
-            Path(args.plots).mkdir(parents=True, exist_ok=True)
         look = args.plan_only or args.cuts or args.verify
         if len(args.models) < (1 if look else 2):
             raise ValueError(
                 f"zip: 'models' must name {'a model' if look else 'two models or more'}, got {len(args.models)}; "
                 "see zipfast zip --help"
             )
-        device = (
-            torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device(args.device)
-        )
+        if args.data is None and not look:
+            raise ValueError("zip: 'data' must name the data that features are compared on, got none; use --data SPEC")
+        device = common.use_device(args.device)
         wanted = args.models[:1] if look else args.models
         own = _arguments_of(args)
         models = [
@@ -133,11 +136,16 @@ def run(args: argparse.Namespace) -> int:
         data = None if args.data is None else common.load_data(args.data, args, (rank, world))
         inputs, keywords = _example(args, models[0], data)
         inputs, keywords = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, (inputs, keywords))
-        if look:
+        _check_fit("data" if data is not None else "input-shape", models[0], inputs, keywords)
+        if data is None or look:
             return _look(args, models[0], inputs, keywords, data)
-        if data is None:
-            raise ValueError("zip: 'data' must name the data that features are compared on, got none; use --data SPEC")
+        _check_out(args, models, inputs, keywords)
         tests = [_labelled(spec, args) for spec in args.evaluate or []]
+        for _, batches in tests:
+            some = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, _first(batches))
+            _check_fit("evaluate", models[0], *some)
+        if args.plots is not None:
+            Path(args.plots).mkdir(parents=True, exist_ok=True)
         origin = [
             sources.describe(spec, model, factory=args.factory, factory_args=given)
             for spec, model, given in zip(args.models, models, own)
@@ -170,8 +178,7 @@ def _labelled(spec: str, args: argparse.Namespace) -> tuple[int | None, Any]:
 def _example(args: argparse.Namespace, model: nn.Module, data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs for the export: of the data, of the shape given, or of what a Hugging Face config says."""
     if data is not None:
-        example = data.example(2)
-        return ((), dict(example)) if isinstance(example, Mapping) else ((example,), {})
+        return _first(data)
     if args.input_shape is not None:
         return (torch.zeros(2, *args.input_shape),), {}
     config: Any = getattr(model, "config", None)
@@ -183,6 +190,92 @@ def _example(args: argparse.Namespace, model: nn.Module, data: Any) -> tuple[tup
     if main == "input_ids" and hasattr(config, "vocab_size"):
         return (), {main: torch.arange(32).reshape(2, 16) % config.vocab_size}
     raise ValueError("zip: 'data' must show what the model reads, got none; use --data SPEC or --input-shape 3x224x224")
+
+
+def _first(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first two inputs of a data source, as arguments of a forward call."""
+    if common.batches_of(data, None) == 0 and distributed.world_size() == 1:
+        raise ValueError("zip: 'data' must hold at least one batch, got none")
+    example = data.example(2)
+    return ((), dict(example)) if isinstance(example, Mapping) else ((example,), {})
+
+
+def _check_out(
+    args: argparse.Namespace, models: Sequence[nn.Module], inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    """Refuse, before the work, an ``--out`` that the result could not be written to."""
+    if args.out is None:
+        return
+    named = args.out.endswith(".safetensors")
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in models]
+    heads = args.method != "ensemble" and bool(args.start or args.stop or any(s != shapes[0] for s in shapes[1:]))
+    if args.sweep:
+        if not args.out.endswith(".json"):
+            raise ValueError(f"zip: 'out' must end in .json for a sweep, got {args.out!r}")
+        if Path(args.out).is_dir():
+            raise OSError(f"cannot write {args.out}: it is a folder; give a file name")
+        checkpoint.check_writable(Path(args.out).with_suffix(".safetensors"))  # the same folder
+    elif heads and named:
+        common_graph(models, inputs, keywords, unknown=args.unknown, start=args.start, stop=args.stop)  # is it one?
+        raise ValueError(f"zip: 'out' must be a folder for a network with several heads, got {args.out!r}")
+    elif heads:
+        checkpoint.check_folder(args.out)
+    elif not named:
+        raise ValueError(f"zip: 'out' must end in .safetensors for a whole model, got {args.out!r}")
+    else:
+        checkpoint.check_writable(args.out)
+
+
+def _check_fit(option: str, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Run the model once, so that inputs which it cannot take are refused in one sentence: what, wanted, got.
+
+    Raises:
+        ValueError: a convolution, linear layer, norm or table that refused them is named; else it says what the model's
+            own code said.
+    """
+    last: list[Any] = ["", model, ()]  # the module that was entered last, and with what
+
+    def enter(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, given: Any) -> None:
+            last[:] = name, module, given
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(enter(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as e:  # whatever the model's own code raises
+        shown = [("", value) for value in args] + [(f"{name} ", value) for name, value in kwargs.items()]
+        got = [f"{name}{list(value.shape[1:])}" for name, value in shown if isinstance(value, Tensor)]
+        why = _refusal(*last) or _first_line(e)
+        raise ValueError(
+            f"zip: '{option}' must give samples that {type(model).__name__} takes, got {', '.join(got)}: {why}"
+        ) from e
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _refusal(name: str, module: nn.Module, given: Sequence[Any]) -> str | None:
+    """What a layer wanted and got, as half a sentence; None if that was not what was wrong."""
+    x = given[0] if given and isinstance(given[0], Tensor) and given[0].dim() > 1 else None
+    who = f"{name!r} ({type(module).__name__}) wants"
+    if x is None:
+        return None
+    if isinstance(module, _ConvNd) and x.shape[1] != module.in_channels:
+        return f"{who} {module.in_channels} channels, got {x.shape[1]}"
+    if isinstance(module, nn.Linear) and x.shape[-1] != module.in_features:
+        return f"{who} {module.in_features} features, got {x.shape[-1]}"
+    if isinstance(module, _NormBase) and x.shape[1] != module.num_features:
+        return f"{who} {module.num_features} channels, got {x.shape[1]}"
+    if isinstance(module, nn.Embedding) and not 0 <= int(x.min()) <= int(x.max()) < module.num_embeddings:
+        return f"{who} indices in [0, {module.num_embeddings}), got {int(x.min())} to {int(x.max())}"
+    return None
+
+
+def _first_line(e: BaseException) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(" .")
 
 
 def _look(args: argparse.Namespace, model: nn.Module, inputs: Any, keywords: Any, data: Any) -> int:
@@ -221,8 +314,7 @@ def _merge(
     tests: Sequence[tuple[int | None, Any]],
     result: dict[str, Any],
 ) -> int:
-    batches = min(len(data), args.batches or len(data))
-    totals = dict.fromkeys(("moments", "repair", "batch norm"), batches)
+    totals = dict.fromkeys(("moments", "repair", "batch norm"), common.batches_of(data, args.batches))
     with common.Progress(args.quiet, totals) as progress:
         merged = merging.merge(
             models,
@@ -247,7 +339,7 @@ def _merge(
             statistics=args.statistics,
             progress=progress,
         )
-    result["options"]["start"], result["options"]["stop"] = merged.options["start"], merged.options["stop"]
+    result["options"] |= {name: merged.options.get(name) for name in ("start", "stop")}  # as graph nodes
     result["seconds"] = dict(merged.seconds)
     result["spaces"] = {
         name: {
@@ -268,11 +360,18 @@ def _merge(
     if args.plots is not None and distributed.rank() == 0:
         _plot(merged, Path(args.plots) / "zip.png")
     if args.out is not None and distributed.rank() == 0:
-        own = {"factory": args.factory, "factory_args": _arguments_of(args)[0] or {}} if args.factory else {}
-        merged.save(args.out, {"provenance": result, **own})
+        merged.save(args.out, {"provenance": result, **_maker(args, merged, result)})
         result["out"] = str(args.out)
     common.emit(result, _text(merged, result), args.json)
     return 0
+
+
+def _maker(args: argparse.Namespace, merged: merging.Merged, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What builds the model that the result's weights belong to, so that the file can be loaded by itself."""
+    whole = args.method != "ensemble" and not isinstance(merged.module, merging.MultiHead)
+    if not whole or sources.parse_spec(args.models[0]).kind == "folder":
+        return {}
+    return {name: result["inputs"][0][name] for name in ("factory", "factory_args")}
 
 
 def _text(merged: merging.Merged, result: Mapping[str, Any]) -> str:
@@ -302,10 +401,15 @@ def _sweep(
     if not tests:
         raise ValueError("zip: 'evaluate' must name labelled data for a sweep, got none; use --evaluate SPEC")
 
+    fixed = {"method": "zip", "similarity": "activations", "alpha": 1.0, "beta": 1.0, "statistics": None}
+    for name, usual in fixed.items():
+        if getattr(args, name) != usual:
+            raise ValueError(f"zip: '{name}' must be left out for a sweep, got {getattr(args, name)!r}")
+
     def score(module: nn.Module) -> float:
         return sum(accuracy(module, batches, head=head) for head, batches in tests) / len(tests)
 
-    totals = {"moments": min(len(data), args.batches or len(data)), "sweep": len(args.alphas) * len(args.betas)}
+    totals = {"moments": common.batches_of(data, args.batches), "sweep": len(args.alphas) * len(args.betas)}
     with common.Progress(args.quiet, totals) as progress:
         points = sweep(
             models,
@@ -315,9 +419,16 @@ def _sweep(
             alphas=args.alphas,
             betas=args.betas,
             example_kwargs=keywords,
+            weights=args.weights,
+            skip=args.skip,
             start=args.start,
             stop=args.stop,
+            taps=args.taps,
+            compat=args.compat,
+            reestimate=not args.stale,
+            repair=args.repair,
             max_batches=args.batches,
+            unknown=args.unknown,
             progress=progress,
         )
     result["sweep"] = [vars(point) for point in points]

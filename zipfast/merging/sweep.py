@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from .. import checkpoint
+from .assign import spaces_named
 from .common import common_graph
-from .merge import merge
-from .statistics import Progress, SpaceMoments, gather_moments
+from .merge import check_data, merge
+from .statistics import Progress, SpaceMoments, Taps, gather_moments
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,24 @@ def sweep(
     alphas: Sequence[float] = (0.0, 0.1, 0.3, 0.5, 1.0),
     betas: Sequence[float] = (0.0, 0.125, 0.5, 1.0),
     example_kwargs: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    skip: Sequence[str] = (),
     start: str | None = None,
     stop: str | None = None,
+    taps: Taps = "last",
+    compat: bool = False,
+    reestimate: bool = True,
+    repair: bool = False,
     max_batches: int | None = None,
+    unknown: Literal["error", "freeze"] = "error",
     statistics: SpaceMoments | None = None,
     progress: Progress | None = None,
 ) -> list[Point]:
     """Merge and evaluate once for each pair of alpha and beta.
 
     Args:
-        models, example_inputs, data, example_kwargs, start, stop, max_batches: as in :func:`zipfast.merge`.
+        models, example_inputs, data, example_kwargs, weights, skip, start, stop, taps, compat, reestimate, repair,
+            max_batches, unknown: as in :func:`zipfast.merge`.
         evaluate: module -> score, called with each merged module.
         alphas, betas: the grid. An alpha of 0 lets nothing merge twice, which only two models allow.
         statistics: gathered before; None: one pass over the data here.
@@ -53,6 +62,9 @@ def sweep(
 
     Returns:
         One point per pair, alphas outermost.
+
+    Raises:
+        ValueError: an empty grid, an alpha or beta outside of [0, 1]; see :func:`zipfast.merge`.
 
     Cost: one pass over the data, then per point a match, a merge, one pass for batch norm and the evaluation.
 
@@ -66,10 +78,22 @@ def sweep(
     """
     if not alphas or not betas:
         raise ValueError(f"sweep: 'alphas' and 'betas' must not be empty, got {list(alphas)} and {list(betas)}")
+    for name, values in (("alphas", alphas), ("betas", betas)):
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"sweep: '{name}' must be in [0, 1], got {list(values)}")
+    check_data("sweep", data, max_batches)
     if statistics is None:
-        graph = common_graph(models, example_inputs, example_kwargs, start=start, stop=stop).graph
+        graph = common_graph(models, example_inputs, example_kwargs, unknown=unknown, start=start, stop=stop).graph
         states = [dict(model.state_dict(keep_vars=True)) for model in models]
-        statistics = gather_moments(graph, states, data, max_batches=max_batches, progress=progress)
+        statistics = gather_moments(
+            graph,
+            states,
+            data,
+            taps=taps,
+            skip=spaces_named(graph.plan, "skip", skip),
+            max_batches=max_batches,
+            progress=progress,
+        )
     points: list[Point] = []
     for alpha in alphas:
         for beta in betas:
@@ -80,9 +104,16 @@ def sweep(
                 example_kwargs=example_kwargs,
                 alpha=alpha,
                 beta=beta,
+                weights=weights,
+                skip=skip,
                 start=start,
                 stop=stop,
+                taps=taps,
+                compat=compat,
+                reestimate=reestimate,
+                repair=repair,
                 max_batches=max_batches,
+                unknown=unknown,
                 statistics=statistics,
             )
             inside = sum(sum(g.in_model_merges) for g in merged.groups.values())
