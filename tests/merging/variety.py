@@ -346,7 +346,9 @@ def _plain(make: Callable[[], nn.Module]) -> Callable[[torch.Generator], Case]:
 
 CASES: dict[str, Callable[[torch.Generator], Case]] = {
     "mlp": _plain(lambda: zoo.mlp(3072, (32, 24), 5)),
-    "vgg": _plain(lambda: zoo.VGG(((8,), (16, 12)), in_channels=3, grid=2, hidden=24, batch_norm=False, out_features=5)),
+    "vgg": _plain(
+        lambda: zoo.VGG(((8,), (16, 12)), in_channels=3, grid=2, hidden=24, batch_norm=False, out_features=5)
+    ),
     "vgg_bn": _plain(lambda: zoo.VGG(((8,), (16, 12)), in_channels=3, hidden=24, out_features=5)),
     "resnet_basic": _resnet("basic"),
     "resnet_bottleneck": _resnet("bottleneck"),
