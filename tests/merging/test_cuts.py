@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from hf_nets import case, others, tensor_of
+from hf_nets import case, others
 from nets import UNet, build
 from torch import Tensor, nn
 from torch.fx import Interpreter
@@ -190,7 +190,7 @@ def test_tied_and_reused_weights_count_once():
     graph = find_spaces(Reused(), (torch.randn(2, 4),))
     by_node = {cut.node: cut.parameters for cut in cuts(graph)}
     assert by_node == {"linear": 30, "relu": 30, "linear_1": 72, "relu_1": 72, "linear_2": 72, "relu_2": 72}
-    net, _, _, graph = graph_of("gpt2")  # the embedding is the classifier, and all weights lie before the last cut but it
+    net, _, _, graph = graph_of("gpt2")  # the embedding is the classifier: before the last cut lie all weights, it too
     last = cuts(graph)[-1]
     assert last.parameters == sum(p.numel() for p in net.parameters()) and last.share == 1
 
@@ -208,7 +208,7 @@ def test_the_end_of_the_network_is_no_cut(spare):
 def test_one_layer_has_no_cut():
     graph = find_spaces(nn.Linear(4, 3), (torch.randn(2, 4),))
     assert cuts(graph) == []
-    with pytest.raises(ValueError, match="got 'linear', around which .* the nearest valid cuts are none"):
+    with pytest.raises(ValueError, match=r"got 'linear', around which .* the nearest valid cuts are none"):
         resolve_cut(graph, "linear")
     with pytest.raises(ValueError, match="got 'nowhere'; valid cuts are none"):
         resolve_cut(graph, "nowhere")
@@ -337,7 +337,7 @@ def test_start_and_stop_of_merge_are_resolved_this_way():
     data = [torch.randn(8, 1, 8, 8, dtype=torch.float64)]
     merged = zipfast.merge(models, (data[0],), data, start="stages.0.0", stop="stages.1")
     assert merged.options["start"] == "relu_2" and merged.options["stop"] == "relu_8"
-    with pytest.raises(ValueError, match="'start' must be a place that all flow passes, got 'stages.0.0.bn1'"):
+    with pytest.raises(ValueError, match=r"'start' must be a place that all flow passes, got 'stages.0.0.bn1'"):
         zipfast.merge(models, (data[0],), data, start="stages.0.0.bn1")
 
 

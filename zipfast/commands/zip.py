@@ -136,7 +136,9 @@ def run(args: argparse.Namespace) -> int:
         data = None if args.data is None else common.load_data(args.data, args, (rank, world))
         inputs, keywords = _example(args, models[0], data)
         inputs, keywords = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, (inputs, keywords))
-        _check_fit("data" if data is not None else "input-shape", models[0], inputs, keywords)
+        _check_fit(
+            "data" if args.input_shape is None or data is not None else "input-shape", models[0], inputs, keywords
+        )
         if data is None or look:
             return _look(args, models[0], inputs, keywords, data)
         _check_out(args, models, inputs, keywords)
@@ -188,7 +190,8 @@ def _example(args: argparse.Namespace, model: nn.Module, data: Any) -> tuple[tup
         size = (size, size) if isinstance(size, int) else tuple(size)
         return (), {main: torch.zeros(2, config.num_channels, *size)}
     if main == "input_ids" and hasattr(config, "vocab_size"):
-        return (), {main: torch.arange(32).reshape(2, 16) % config.vocab_size}
+        size = min(16, getattr(config, "max_position_embeddings", 16))
+        return (), {main: torch.arange(2 * size).reshape(2, size) % config.vocab_size}
     raise ValueError("zip: 'data' must show what the model reads, got none; use --data SPEC or --input-shape 3x224x224")
 
 
