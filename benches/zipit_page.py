@@ -131,7 +131,7 @@ HEAD = """\
 # ZipIt! on small real data
 
 This page is generated from `benches/results/zipit_tables.json`; do not edit it. Under each heading stands the command
-that measures its table anew. It needs `pip install -e '.[demo]'`, and networkx for one row; `--report` writes this page.
+that measures its table anew. It needs `pip install -e '.[demo,optimal]'`; `--report` writes this page.
 
 ## How to read it
 

@@ -93,6 +93,15 @@ def batches_of(data: Any, most: int | None) -> int | None:
     return known if most is None else min(known, most)
 
 
+def share(most: int | None, rank: int, world: int) -> int | None:
+    """How many batches a worker reads of the first `most`, of which it has every world-th from its rank on."""
+    if most is None or world == 1:
+        return most
+    if most < world:
+        raise ValueError(f"batches: must be at least 1 for each of {world} workers, got {most}")
+    return len(range(rank, most, world))
+
+
 def numbers(text: str | Sequence[Any]) -> list[float]:
     """'1,2.5' as [1.0, 2.5]; a YAML file may hold the list."""
     try:

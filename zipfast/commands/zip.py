@@ -153,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
             for spec, model, given in zip(args.models, models, own)
         ]
         result = common.provenance("zip", args, origin)
+        args.batches = common.share(args.batches, rank, world)
         if args.sweep:
             return _sweep(args, models, inputs, keywords, data, tests, result)
         return _merge(args, models, inputs, keywords, data, tests, result)

@@ -93,6 +93,11 @@ class MultiHead(nn.Module):
         origin: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if len(exits) != len(heads) or len(stems) != (0 if entry is None else len(heads)):
+            raise ValueError(
+                f"MultiHead: each of {len(heads)} heads must have an exit, and a stem if there is an entry, got "
+                f"{len(exits)} exits and {len(stems)} stems"
+            )
         self.stems, self.trunk = nn.ModuleList(stems), trunk
         self.entry = entry
         self.exits, self.heads = nn.ModuleList(exits), nn.ModuleList(heads)
@@ -185,37 +190,45 @@ class MultiHead(nn.Module):
         """Read what `save` wrote; runs no code from it.
 
         Raises:
-            FileNotFoundError: no such folder or file. ValueError: another format, or weights of another save.
+            FileNotFoundError: no such folder or file. ValueError: another format, weights of another save, a damaged file.
         """
         source = Path(folder)
         if not (source / DESCRIPTION).is_file():
             raise FileNotFoundError(f"MultiHead.load: no {DESCRIPTION} in {source}")
         try:
             data = json.loads((source / DESCRIPTION).read_text())
-        except json.JSONDecodeError as e:
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"MultiHead.load: {source / DESCRIPTION} must be JSON ({e})") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"MultiHead.load: {source / DESCRIPTION} must be of format {FORMAT!r}")
         state = checkpoint.load(source / WEIGHTS)
-        if checkpoint.state_hash(state) != data["weights"]:
+        if checkpoint.state_hash(state) != data.get("weights"):
             raise ValueError(f"MultiHead.load: {source / WEIGHTS} must belong to {DESCRIPTION}, got other weights")
+        try:
+            return _from_description(data, state).to(device)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(
+                f"MultiHead.load: {source / DESCRIPTION} is damaged ({type(e).__name__}: {e}); save the network again"
+            ) from e
 
-        def part(data: Mapping[str, Any], prefix: str) -> Part:
-            return Part.from_data(data, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
-        entry = None
-        if data["entry"] is not None:
-            entry = MergeFeatures(data["entry"]["axis"], state["entry.members"], state["entry.share"])
-        return MultiHead(
-            part(data["trunk"], "trunk."),
-            [Unmerge({a: state[f"exits.{m}.axis{a}"] for a in axes}) for m, axes in enumerate(data["exits"])],
-            [part(head, f"heads.{m}.") for m, head in enumerate(data["heads"])],
-            data["inputs"],
-            stems=[part(stem, f"stems.{m}.") for m, stem in enumerate(data["stems"])],
-            entry=entry,
-            keywords=data["keywords"],
-            origin=data["origin"],
-        ).to(device)
+def _from_description(data: Mapping[str, Any], state: Mapping[str, Tensor]) -> MultiHead:
+    def part(data: Mapping[str, Any], prefix: str) -> Part:
+        return Part.from_data(data, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    entry = None
+    if data["entry"] is not None:
+        entry = MergeFeatures(data["entry"]["axis"], state["entry.members"], state["entry.share"])
+    return MultiHead(
+        part(data["trunk"], "trunk."),
+        [Unmerge({a: state[f"exits.{m}.axis{a}"] for a in axes}) for m, axes in enumerate(data["exits"])],
+        [part(head, f"heads.{m}.") for m, head in enumerate(data["heads"])],
+        data["inputs"],
+        stems=[part(stem, f"stems.{m}.") for m, stem in enumerate(data["stems"])],
+        entry=entry,
+        keywords=data["keywords"],
+        origin=data["origin"],
+    )
 
 
 def build(
@@ -281,15 +294,18 @@ def _entry(
     ((axis, targets),) = found
     keep = len(targets[0])
     stacked = torch.cat(targets)
-    scale = torch.tensor([1.0] * models if weights is None else [float(w) for w in weights]).repeat_interleave(keep)
+    scale = torch.tensor([1.0] * models if weights is None else [float(w) for w in weights], dtype=torch.float64)
+    scale = scale.repeat_interleave(keep)
     order = stacked.argsort(stable=True)
     count = torch.bincount(stacked, minlength=keep)
     place = torch.arange(len(order)) - (count.cumsum(0) - count)[stacked[order]]  # within its group
     members = torch.zeros(int(count.max()), keep, dtype=torch.int64)
-    share = torch.zeros(int(count.max()), keep)
+    share = torch.zeros(int(count.max()), keep, dtype=torch.float64)
     members[place, stacked[order]] = order
     share[place, stacked[order]] = scale[order]
-    return MergeFeatures(axis, members, share / share.sum(0, keepdim=True))
+    double = exported.by_name[plan.entry[0][1].param].meta["val"].dtype == torch.float64
+    share = share / share.sum(0, keepdim=True)
+    return MergeFeatures(axis, members, share if double else share.float())
 
 
 def _part(module: nn.Module) -> Part:

@@ -259,7 +259,8 @@ def _lookup(exported: Exported, state: Mapping[str, Tensor], name: str) -> Tenso
             return state[key]
     program = exported.program
     value = program.constants.get(name)
-    value = program.state_dict.get(name) if value is None else value
+    if value is None and name not in program.graph_signature.parameters:
+        value = program.state_dict.get(name)
     if not isinstance(value, Tensor):
         raise ValueError(f"extract: 'state' must hold {name!r}, got {len(state)} tensors without it")
     return value
