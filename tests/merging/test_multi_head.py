@@ -176,3 +176,13 @@ def test_wrong_inputs_are_named(partial):
         partial(DATA[0], DATA[1])
     with pytest.raises(ValueError, match=r"head: 'm' must be in \[0, 2\), got 2"):
         partial.head(2, DATA[0])
+
+
+def test_a_start_whose_features_no_weight_of_the_part_uses_is_refused():
+    # Between the packed projection and the output projection, queries and keys only meet each other.
+    net = nn.Sequential(nn.TransformerEncoderLayer(12, 3, 20, batch_first=True), nn.Linear(12, 4)).eval()
+    x = torch.randn(3, 5, 12)
+    with pytest.raises(
+        ValueError, match=r"the features of node 'linear' must be used by a weight of the part, got 4 that"
+    ):
+        zipfast.merge([net, net], (x,), [x], start="linear", stop="linear_1", reestimate=False)

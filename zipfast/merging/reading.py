@@ -242,6 +242,12 @@ def _joints(
         return ()
     joints = []
     for axis, layout in enumerate(flow.axes(node)):
+        loose = [atom for atom in leaves(layout) if not atom.reasons and atom.limits and atom not in names]
+        if loose:  # nothing in the part could be brought into a common order by them
+            raise ValueError(
+                f"part_of: the features of node {node.name!r} must be used by a weight of the part, "
+                f"got {loose[0].size} that are not"
+            )
         for atom in dict.fromkeys(leaves(layout)):
             if atom in names and not atom.reasons:
                 for place in places_of(layout, atom):
