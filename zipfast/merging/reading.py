@@ -80,6 +80,9 @@ def read_plan(flow: Flow, region: Region) -> Plan:
         atom.flags.add("blocks")  # of two merges along one axis a model could lack every member: only one is free
     names = _names(uses, outer)
     taps = choose_taps(flow, region, uses, parents)
+    for atom, (main, _) in taps.items():
+        if not main:  # activations could not say which feature is which
+            atom.reasons.add("no value shows it")
     spaces = tuple(
         Space(
             names[atom],

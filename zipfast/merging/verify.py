@@ -212,7 +212,7 @@ def _permuted(case: _Case, moved: State) -> Check:
 def _left_out(case: _Case, orders: Mapping[str, Groups], moved: State, rounding: float, most: int) -> Check:
     axes = sorted({(use.param, use.axis) for space in case.plan.mergeable for use in space.uses})
     axes = axes[:: math.ceil(len(axes) / most)]
-    limit = max(NOTICED * torch.finfo(case.dtype).eps, min(10 * rounding, case.limit))
+    limit = min(max(NOTICED * torch.finfo(case.dtype).eps, 10 * rounding), case.limit)
 
     def change(param: str, axis: int, alone: bool) -> float:
         """Of the outputs, if this axis alone follows the orders, or all but this one."""
@@ -234,7 +234,7 @@ def _left_out(case: _Case, orders: Mapping[str, Groups], moved: State, rounding:
 
 
 def _roles(case: _Case, statistics: SpaceMoments) -> Check:
-    picked = [space for space in case.plan.mergeable if not space.flags and space.params("consume")]
+    picked = [space for space in case.plan.mergeable if not space.flags and statistics.get(space.name)]
     if not picked:
         return Check("roles", True, 0.0, case.limit, "no space in which features of one model may merge")
     error, change = _folding(case, picked, statistics)
@@ -299,7 +299,7 @@ def _recovered(case: _Case, orders: Mapping[str, Groups], moved: State | None, s
 def _unclear(plan: Plan, statistics: SpaceMoments) -> dict[str, Tensor]:
     """By space, bool [total]: features that are dead wherever they are read, or have a double in their block."""
     unclear = {}
-    for space in statistics.spaces:
+    for space in filter(lambda space: statistics[space.name], statistics.spaces):
         alive = torch.stack([moments.alive()[: space.total].cpu() for moments in statistics[space.name]]).any(0)
         own = statistics.correlation(space.name)[: space.total, : space.total].cpu().fill_diagonal_(0)
         blocks = own.view(space.blocks, space.size, space.blocks, space.size).diagonal(dim1=0, dim2=2)
@@ -307,7 +307,7 @@ def _unclear(plan: Plan, statistics: SpaceMoments) -> dict[str, Tensor]:
     for space in plan.mergeable:
         if space.name not in unclear:  # a block is told by what lies inside it
             inside = [unclear[child.name].view(space.total, -1).all(1) for child in plan.children(space.name)]
-            unclear[space.name] = torch.stack(inside).all(0)
+            unclear[space.name] = torch.stack(inside).all(0) if inside else torch.zeros(space.total, dtype=torch.bool)
     return unclear
 
 
