@@ -292,7 +292,7 @@ def section(name: str, document: dict[str, Any]) -> list[str]:
     facts = (
         f"{document['pairs']} {many}, {document['epochs']} epochs, {document['threads']} thread"
         f"{'s' * (document['threads'] > 1)}; torch {document['torch']}, Python {document['python']}, commit "
-        f" {document['commit'][:12]}{'+' * ('+' in document['commit'])}, {document['date']}."
+        f"{document['commit'][:12]}{'+' * ('+' in document['commit'])}, {document['date']}."
     )
     return [*lines, facts, ""]
 
