@@ -69,6 +69,8 @@ def share_shifts(moments: Sequence[Moments], stacked: Sequence[int]) -> None:
 
     A worker without data has chosen none; rank 0 must have some, which the partition of batches sees to.
     """
+    if not moments:  # nothing to merge
+        return
     device = next((m.device for m in moments if m.device is not None), torch.device("cpu"))
     if world_size() > 1 and dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -80,7 +82,7 @@ def share_shifts(moments: Sequence[Moments], stacked: Sequence[int]) -> None:
 
 def sum_moments(moments: Sequence[Moments], batches: int) -> int:
     """Replace every worker's moments by those of all data; returns the number of batches of all workers."""
-    if world_size() == 1:
+    if world_size() == 1 or not moments:
         return batches
     device = next(m.device for m in moments if m.device is not None)
     counts = torch.tensor([batches, *(m.count for m in moments)], dtype=torch.int64, device=device)

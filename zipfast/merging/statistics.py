@@ -227,7 +227,8 @@ def gather_moments(
         taps: see :class:`SpaceMoments`.
         skip: names of spaces that are not read.
         max_batches: read so many batches at most.
-        resume: statistics of the first ``resume.batches`` batches of the same data; those are not read again.
+        resume: statistics of the first ``resume.batches`` batches of the same data; those are not read again (one process
+            only).
         origin: kept in the statistics, see :class:`SpaceMoments`.
         checkpoint_to: save the statistics there every `checkpoint_every` batches and at the end (one process only).
         progress: called with ("moments", batches done).
@@ -240,6 +241,8 @@ def gather_moments(
     """
     stats = SpaceMoments(graph.plan, len(states), taps=taps, skip=skip)
     if resume is not None:
+        if distributed.world_size() > 1:
+            raise ValueError("gather_moments: 'resume' must be None in a process group: each worker would add it")
         if list(resume) != list(stats) or (resume.models, resume.taps) != (stats.models, stats.taps):
             raise ValueError(
                 "gather_moments: 'resume' must hold statistics of the same spaces, taps and models; delete the file to "
