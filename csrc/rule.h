@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One-step formulas, written once and used by C++ and CUDA alike: the two differ only in who runs them.
 #pragma once
+#include <cmath>
+
 #include "dtype.h"
 
 namespace zipfast::rule {
@@ -22,5 +24,168 @@ ZF_HD inline scalar_t merged_similarity(scalar_t alpha, scalar_t a, scalar_t b) 
 
 // What the matcher reports per space; the columns of `status`.
 enum Status { kLifted, kDeadlock, kNanAt, kAsymmetricAt, kStatusFields };
+
+// --- evidence
+// ------------------------------------------------------------------------------------------------------- The evidence
+// of Bayesian linear regression of one output y on N x D features F, with G = F^T F = V diag(s) V^T and z = V^T F^T y
+// (You et al. 2021, section 4).  Everything is a function of t = alpha / beta through six sums over the k kept
+// eigenvalues, so the sums belong to whoever has the data, and what follows from them is here.
+enum EvidenceMode : int32_t { kReference, kCorrected, kExact };
+enum EvidenceCode : int32_t { kFine, kEmpty, kNoSignal, kPerfectFit, kNotFinite };
+enum EvidenceValue { kEvidence, kAlpha, kBeta, kRatio, kEvidenceValues };
+enum EvidenceStatus { kSteps, kConverged, kCode, kEvidenceStatus };
+
+struct EvidenceSums {
+  double gamma = 0;   // sum s / (s + t)
+  double curve = 0;   // sum s / (s + t)^2
+  double gain = 0;    // sum z^2 / (s + t)
+  double energy = 0;  // sum z^2 / (s + t)^2 = |m|^2
+  double bend = 0;    // sum z^2 / (s + t)^3
+  double logdet = 0;  // sum log(1 + s / t), where asked for
+};
+
+struct EvidenceRule {
+  double samples, features, kept;    // N, D, k
+  double trace;                      // sum s, the scale of t
+  double tolerance, epsilon, floor;  // see zipfast/ops/evidence.py
+  int32_t mode, most;                // most: rounds
+};
+
+// Exact mode looks at kScanPoints values of log t before it climbs: the profile may have several maxima.
+constexpr int kScanPoints = 18;
+constexpr double kScanFirst = -36, kScanStep = 2.5, kClimbLow = -60, kClimbHigh = 26, kFlat = 18, kLongestStep = 3;
+
+struct EvidenceLane {
+  double square = 0;         // |y|^2
+  double t = 1, u = 0;       // where the next sums are wanted; u = log t
+  double low = 0, high = 0;  // the maximum lies between these u
+  double best = 0;           // highest profile of the scan
+  double alpha = 1, beta = 1, energy = 0, residual = 0, used = 1;
+  int32_t at = -1, steps = 0, code = kFine;
+  bool done = false, converged = false;
+};
+
+ZF_HD inline EvidenceLane evidence_begin(const EvidenceRule& r, double square) {
+  EvidenceLane lane;
+  lane.square = square;
+  if (r.mode == kReference) return lane;
+  if (!(square > 0)) {
+    lane.code = square == 0 ? kEmpty : kNotFinite;
+    lane.done = true;
+  } else if (r.mode == kExact && !(r.trace > 0)) {
+    lane.code = r.trace == 0 ? kNoSignal : kNotFinite;
+    lane.done = true;
+  }
+  return lane;
+}
+
+ZF_HD inline double evidence_scan(const EvidenceRule& r, int point) {
+  return exp(log(r.trace) + kScanFirst + kScanStep * point);
+}
+
+// |y - F m|^2 + t |m|^2, not below what rounding leaves of it.
+ZF_HD inline double evidence_misfit(const EvidenceRule& r, const EvidenceLane& lane, const EvidenceSums& s) {
+  const double q = lane.square - s.gain, least = r.floor * lane.square;
+  return q < least ? least : q;
+}
+
+// N times the evidence at the best beta for this t, without its constant.
+ZF_HD inline double evidence_profile(const EvidenceRule& r, const EvidenceLane& lane, const EvidenceSums& s) {
+  return -0.5 * r.samples * log(evidence_misfit(r, lane, s) / r.samples) - 0.5 * s.logdet;
+}
+
+// Rule 1: after the scan, low < u < high brackets the highest point seen.
+ZF_HD inline void evidence_offer(const EvidenceRule& r, EvidenceLane& lane, int point, const EvidenceSums& s) {
+  const double value = evidence_profile(r, lane, s);
+  if (lane.at < 0 || value > lane.best) lane.at = point, lane.best = value;
+  if (point + 1 < kScanPoints) return;
+  const double origin = log(r.trace), step = kScanStep;
+  lane.u = origin + kScanFirst + step * lane.at;
+  lane.low = lane.at == 0 ? origin + kClimbLow : lane.u - step;
+  lane.high = lane.at + 1 == kScanPoints ? origin + kClimbHigh : lane.u + step;
+  lane.t = exp(lane.u);
+}
+
+// One round of the fixed point (MacKay 1992): the new alpha and beta meet the sums of the old t, as in the public code.
+ZF_HD inline void evidence_fixed_point(const EvidenceRule& r, EvidenceLane& lane, const EvidenceSums& s) {
+  const bool guard = r.mode == kCorrected;
+  lane.used = lane.t;
+  lane.energy = s.energy;
+  lane.residual = lane.square - s.gain - lane.t * s.energy;
+  double free = r.samples - s.gamma;
+  if (guard && lane.residual < 0) lane.residual = 0;
+  if (guard && free < 0) free = 0;
+  lane.alpha = s.gamma / (lane.energy + r.epsilon);
+  lane.beta = free / (lane.residual + r.epsilon);
+  double next = lane.alpha / lane.beta;
+  lane.converged = fabs(next - lane.t) / lane.t <= r.tolerance;
+  if (guard && !(next > 1e-300)) next = 1e-300;
+  lane.t = next;
+}
+
+// One safeguarded Newton step on log t.  Rule 2: the bracket only shrinks.
+ZF_HD inline void evidence_newton(const EvidenceRule& r, EvidenceLane& lane, const EvidenceSums& s) {
+  const double n = r.samples, t = lane.t, q = evidence_misfit(r, lane, s);
+  double slope = 0.5 * s.gamma, bend = -0.5 * t * s.curve;
+  if (lane.square - s.gain > r.floor * lane.square) {
+    const double pull = t * s.energy / q;
+    slope -= 0.5 * n * pull;
+    bend -= 0.5 * n * ((t * s.energy - 2 * t * t * s.bend) / q - pull * pull);
+  }
+  if (slope > 0) lane.low = lane.u;
+  if (slope < 0) lane.high = lane.u;
+  double move = bend < 0 ? -slope / bend : slope > 0 ? 1. : -1.;
+  if (move > kLongestStep) move = kLongestStep;
+  if (move < -kLongestStep) move = -kLongestStep;
+  double next = lane.u + move;
+  if (!(next > lane.low && next < lane.high)) next = 0.5 * (lane.low + lane.high);
+  // So far out the profile is flat: no signal.
+  const bool flat = slope >= 0 && lane.u > log(r.trace) + kFlat;
+  lane.converged = fabs(next - lane.u) < r.tolerance || flat;
+  lane.u = next;
+  lane.t = slope == slope ? exp(next) : NAN;
+}
+
+ZF_HD inline void evidence_step(const EvidenceRule& r, EvidenceLane& lane, const EvidenceSums& s) {
+  if (lane.done) return;
+  ++lane.steps;
+  if (r.mode == kExact)
+    evidence_newton(r, lane, s);
+  else
+    evidence_fixed_point(r, lane, s);
+  lane.done = lane.converged || lane.steps >= r.most || !(lane.t == lane.t);
+}
+
+// `value`: what kEvidence ... kRatio name; s: the sums at lane.t, with logdet.  The ratio is the t of the posterior
+// mean.
+ZF_HD inline void evidence_finish(const EvidenceRule& r, EvidenceLane& lane, const EvidenceSums& s, double* value) {
+  const double n = r.samples, log_tau = 1.8378770664093454835606594728112;  // log 2 pi
+  const double nothing = -0.5 * (log(lane.square / n) + 1 + log_tau);
+  double evidence, alpha = lane.alpha, beta = lane.beta, ratio = lane.used;
+  if (lane.code == kEmpty || lane.code == kNotFinite) {
+    evidence = alpha = beta = ratio = NAN;
+  } else if (r.mode == kExact) {
+    const double q = evidence_misfit(r, lane, s);
+    ratio = lane.t;
+    beta = n / q;
+    alpha = ratio * beta;
+    evidence = (evidence_profile(r, lane, s) - 0.5 * n * (1 + log_tau)) / n;
+    if (lane.code == kNoSignal || evidence <= nothing + 1e-13) {
+      lane.code = kNoSignal;
+      lane.converged = true;
+      evidence = nothing;
+      alpha = ratio = INFINITY;
+      beta = n / lane.square;
+    } else if (lane.square - s.gain <= r.floor * lane.square * (1 + 1e-3)) {
+      lane.code = kPerfectFit;
+    }
+  } else {
+    evidence = 0.5 * n * log(beta) - 0.5 * s.logdet - 0.5 * beta * lane.residual - 0.5 * alpha * lane.energy;
+    if (r.mode == kReference) evidence += 0.5 * (r.features - r.kept) * log(alpha);
+    evidence = evidence / n - 0.5 * log_tau;
+  }
+  if (lane.code == kFine && !(fabs(evidence) <= 1.7976931348623157e308)) lane.code = kNotFinite;
+  value[kEvidence] = evidence, value[kAlpha] = alpha, value[kBeta] = beta, value[kRatio] = ratio;
+}
 
 }  // namespace zipfast::rule

@@ -12,8 +12,34 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "rule.h"
 
 namespace zipfast::cuda {
+
+// --- evidence
+// ---------------------------------------------------------------------------------------------------------
+constexpr int kEvidenceProblems = 20, kEvidenceLanes = 32;
+
+struct EvidenceProblem {
+  rule::EvidenceRule rule;    // its trace is formed on the device
+  const double* diagonal;     // [k]
+  const double* offdiagonal;  // [k - 1] or null
+  const double* projected;    // [k, outputs]
+  const double* square;       // [outputs]
+  double* mean;               // [k, outputs] or null
+  double* scratch;            // tridiagonal: [2, k, outputs]
+  long long k, outputs, first;
+  int block;  // first of its ceil(outputs / kEvidenceLanes) blocks
+};
+struct EvidenceJob {
+  EvidenceProblem problem[kEvidenceProblems];
+  double* value;      // [kEvidenceValues, all]
+  long long* status;  // [kEvidenceStatus, all]
+  long long all;
+  int problems, blocks;
+  bool tridiagonal;
+};
+cudaError_t evidence(const EvidenceJob& job, cudaStream_t stream);
 
 // --- moments_
 // ---------------------------------------------------------------------------------------------------------
