@@ -6,7 +6,7 @@
 True
 """
 
-from . import checkpoint, compat, features, merging, ops, zoo
+from . import checkpoint, compat, features, merging, ops, ranking, zoo
 from ._version import __version__
 from .merging import (
     Groups,
@@ -25,11 +25,15 @@ from .merging import (
     reestimate_batchnorm,
 )
 from .ops import _loader, available, backend
+from .ranking import Basis, FeatureStats, LogME, logme
 
 _loader.load_all()
 
 __all__ = [
+    "Basis",
+    "FeatureStats",
     "Groups",
+    "LogME",
     "LogitEnsemble",
     "Merged",
     "Moments",
@@ -45,11 +49,13 @@ __all__ = [
     "extend",
     "features",
     "find_spaces",
+    "logme",
     "match",
     "match_permutation",
     "merge",
     "merging",
     "ops",
+    "ranking",
     "reestimate_batchnorm",
     "zoo",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -50,10 +50,33 @@ def process_group() -> Iterator[tuple[int, int]]:
             dist.destroy_process_group()
 
 
-def broadcast(tensor: Tensor) -> Tensor:
-    """Rank 0's values, in place."""
+def device() -> torch.device:
+    """Where tensors to exchange must be: this process's GPU for NCCL, else the CPU."""
+    if world_size() > 1 and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def gather(fact: Any) -> list[Any]:
+    """One small Python object of every process, by rank."""
+    if world_size() == 1:
+        return [fact]
+    facts: list[Any] = [None] * world_size()
+    dist.all_gather_object(facts, fact)
+    return facts
+
+
+def broadcast(tensor: Tensor, root: int = 0) -> Tensor:
+    """The values of rank `root`, in place."""
     if world_size() > 1:
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, root)
+    return tensor
+
+
+def least_(tensor: Tensor) -> Tensor:
+    """The least over all workers, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     return tensor
 
 

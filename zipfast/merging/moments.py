@@ -163,6 +163,23 @@ class Moments:
         sums = self._require(1)
         return sums.shift + sums.total / self.count
 
+    def total(self) -> Tensor:
+        """Σ (x - shift) of each stacked feature, float64 [F]."""
+        return self._require(1).total
+
+    def second(self) -> Tensor:
+        """Σ (x - shift)(x - shift)ᵀ, float64 [F, F], symmetric to the bit."""
+        upper = self._require(1).comoment
+        return upper.triu() + upper.triu(1).T
+
+    def gram(self) -> Tensor:
+        """Σ x xᵀ, not centred, float64 [F, F], symmetric to the bit."""
+        sums, second = self._require(1), self.second()
+        if bool((sums.shift == 0).all()):
+            return second
+        cross = torch.outer(sums.shift, sums.total + 0.5 * self.count * sums.shift)
+        return second + cross + cross.T
+
     def covariance(self) -> Tensor:
         """Biased covariance (divided by the count), float64 [F, F], symmetric to the bit; no variance is negative.
 

@@ -8,7 +8,9 @@ them, on the spectrum of the features' Gram matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,12 @@ def _contract(
     features: list[int], mode: int, tol: float, max_iter: int, eps: float, floor: float, mean: bool,
 ) -> None:  # fmt: skip
     check.check_tensors(NAME, "diagonal", diagonal)
-    lists = {"projected": projected, "square": square, "samples": samples, "features": features}
+    lists: dict[str, Sequence[Any]] = {
+        "projected": projected,
+        "square": square,
+        "samples": samples,
+        "features": features,
+    }
     if offdiagonal:
         lists["offdiagonal"] = offdiagonal
     for name, value in lists.items():
