@@ -25,7 +25,7 @@ from .merging import (
     reestimate_batchnorm,
 )
 from .ops import _loader, available, backend
-from .ranking import Basis, FeatureStats, LogME, logme
+from .ranking import Basis, FeatureStats, LogME, LogMEMonitor, logme, rank
 
 _loader.load_all()
 
@@ -34,6 +34,7 @@ __all__ = [
     "FeatureStats",
     "Groups",
     "LogME",
+    "LogMEMonitor",
     "LogitEnsemble",
     "Merged",
     "Moments",
@@ -55,6 +56,7 @@ __all__ = [
     "merge",
     "merging",
     "ops",
+    "rank",
     "ranking",
     "reestimate_batchnorm",
     "zoo",

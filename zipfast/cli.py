@@ -14,7 +14,7 @@ from typing import Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for bad input (one sentence on stderr), 2 for bad usage."""
-    parser = argparse.ArgumentParser(prog="zipfast", description="Merge trained networks without training.")
+    parser = argparse.ArgumentParser(prog="zipfast", description="Merge and rank trained networks without training.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     info = commands.add_parser("info", help="versions, and which backends can be used here and why not")
@@ -29,9 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = "merge trained models of one architecture (ZipIt!), wholly or up to a cut"
     zip_ = commands.add_parser("zip", help=about, allow_abbrev=False)  # a short --conf would not be read as --config
 
+    about = "rank pre-trained models for labelled data (LogME and others), without fine-tuning"
+    rank = commands.add_parser("rank", help=about, allow_abbrev=False)
+
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["zip"]:
         return _command(zip_, "zip", given[1:])
+    if given[:1] == ["rank"]:
+        return _command(rank, "rank", given[1:])
     args = parser.parse_args(given)
     try:
         return _info(args) if args.command == "info" else _demo(args)

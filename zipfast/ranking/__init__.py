@@ -7,9 +7,31 @@ accuracies) · monitor (checkpoints).
 """
 
 from . import metrics
+from .agreement import Agreement, agreement, weighted_tau
 from .evidence import Evidence, null_score
+from .extract import Extractor, extract, load_candidate
 from .logme import Basis, LogME, logme
+from .monitor import LogMEMonitor
+from .rank import Ranking, rank
 from .spectrum import Spectrum
 from .stats import FeatureStats
 
-__all__ = ["Basis", "Evidence", "FeatureStats", "LogME", "Spectrum", "logme", "metrics", "null_score"]
+__all__ = [
+    "Agreement",
+    "Basis",
+    "Evidence",
+    "Extractor",
+    "FeatureStats",
+    "LogME",
+    "LogMEMonitor",
+    "Ranking",
+    "Spectrum",
+    "agreement",
+    "extract",
+    "load_candidate",
+    "logme",
+    "metrics",
+    "null_score",
+    "rank",
+    "weighted_tau",
+]

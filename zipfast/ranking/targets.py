@@ -18,7 +18,7 @@ from torch import Tensor
 Array: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 Task = Literal["classification", "regression", "multilabel"]
 TASKS = ("classification", "regression", "multilabel")
-LARGEST = 1e150  # squares, and their sums, must stay finite
+LARGEST = 1e36  # in magnitude: shifts are exact in float32, squares and their sums stay finite
 
 
 @dataclass(frozen=True)
