@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users call otherwise, and the agreement of each with ours.
 
-The public ZipIt code takes part where ZIPFAST_ZIPIT names its checkout: it is imported from there, as it is.
+The public ZipIt and LogME codes take part where ZIPFAST_ZIPIT and ZIPFAST_LOGME name their checkouts: they are imported
+from there, as they are.
 """
 
 from __future__ import annotations
@@ -30,10 +31,20 @@ def zipit(module: str) -> ModuleType | None:
     folder = os.environ.get("ZIPFAST_ZIPIT")
     if not folder:
         return None
-    path = Path(folder) / f"{module}.py"
-    spec = importlib.util.spec_from_file_location(f"zipit_{module}", path)
+    return _module(Path(folder) / f"{module}.py", "ZIPFAST_ZIPIT")
+
+
+@functools.cache
+def logme() -> type | None:
+    """The public LogME class, or None where ZIPFAST_LOGME is not set. It needs numba, and compiles when it is imported."""
+    folder = os.environ.get("ZIPFAST_LOGME")
+    return None if not folder else _module(Path(folder) / "LogME.py", "ZIPFAST_LOGME").LogME
+
+
+def _module(path: Path, variable: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{variable.lower()}_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"ZIPFAST_ZIPIT is {folder}, which has no {path.name}")
+        raise FileNotFoundError(f"{variable} is {path.parent}, which has no {path.name}")
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded

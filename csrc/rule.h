@@ -69,7 +69,7 @@ ZF_HD inline EvidenceLane evidence_begin(const EvidenceRule& r, double square) {
   EvidenceLane lane;
   lane.square = square;
   if (r.mode == kReference) return lane;
-  if (!(square > 0)) {
+  if (!(square > 0 && square <= 1.7976931348623157e308)) {
     lane.code = square == 0 ? kEmpty : kNotFinite;
     lane.done = true;
   } else if (r.mode == kExact && !(r.trace > 0)) {
@@ -119,7 +119,7 @@ ZF_HD inline void evidence_fixed_point(const EvidenceRule& r, EvidenceLane& lane
   lane.beta = free / (lane.residual + r.epsilon);
   double next = lane.alpha / lane.beta;
   lane.converged = fabs(next - lane.t) / lane.t <= r.tolerance;
-  if (guard && !(next > 1e-300)) next = 1e-300;
+  if (guard && next < 1e-300) next = 1e-300;  // NaN stays
   lane.t = next;
 }
 

@@ -34,6 +34,8 @@ TOLERANCES: dict[tuple[str, str, torch.dtype], float] = {
     ("moments_", "comoment", torch.float16): 2e-6,  # 6.3e-7: test_random, cpu
     ("moments_", "comoment", torch.bfloat16): 2e-6,  # 7.9e-7: test_random, cpu
     ("moments_", "correlation", torch.float32): 1e-6,  # 6.7e-8: test_correlation_of_nasty_channels, cpu, tokens
+    ("evidence", "value", torch.float64): 1e-10,
+    ("evidence", "exact", torch.float64): 1e-13,
 }
 
 

@@ -226,7 +226,7 @@ def test_committed_page_is_generated() -> None:
     folder = harness.ROOT / "benches" / "results"
     if not list(folder.glob("*.json")) or not report.PAGE.exists():
         pytest.skip("no results in this checkout")
-    assert report.PAGE.read_text() == report.page(report.load(folder), report.merge_cost(folder))
+    assert report.PAGE.read_text() == report.page(report.load(folder), report.whole(folder))
 
 
 # --------------------------------------------------------------------------------------------- ceilings, peers, benches

@@ -51,10 +51,22 @@ def regroup_samples(device: str, grad: bool) -> Iterator[tuple]:
     yield [x.bfloat16()], order % 3, start, None, 0
 
 
+def evidence_samples(device: str, grad: bool) -> Iterator[tuple]:
+    f = torch.randn(9, 4, device=device, dtype=torch.float64)
+    y = torch.randn(9, 3, device=device, dtype=torch.float64)
+    sigma, basis = torch.linalg.eigh(f.T @ f)
+    z, square = (basis.T @ f.T @ y).requires_grad_(grad), y.square().sum(0)
+    yield [sigma, sigma[:2]], [], [z, z[:2, :1]], [square, square[:1]], [9, 9], [4, 5], 0, 1e-3, 11, 1e-5, 0.0, False
+    yield [sigma], [], [z], [square], [9], [4], 1, 1e-3, 11, 1e-5, 0.0, True
+    off = torch.full((3,), 0.1, device=device, dtype=torch.float64)
+    yield [sigma + 1], [off], [z], [square], [9], [4], 2, 1e-10, 100, 0.0, 1e-10, True
+
+
 SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "moments_": moments_samples,
     "zip_match": zip_match_samples,
     "regroup": regroup_samples,
+    "evidence": evidence_samples,
 }
 NO_GPU = pytest.mark.skipif(not zipfast.available("cuda"), reason=str(zipfast.ops.why_not("cuda")))
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
@@ -121,9 +133,10 @@ def test_compiles_under_an_override(name: str) -> None:
         same(outcome(compiled, args), want)
 
 
-def test_zip_match_compiles_under_an_override_with_breaks() -> None:
-    # the reference of zip_match looks at values, so that it cannot be one graph; it still runs
-    op, args = OPS["zip_match"], next(SAMPLES["zip_match"]("cpu", False))
+@pytest.mark.parametrize("name", ["zip_match", "evidence"])
+def test_compiles_under_an_override_with_breaks(name: str) -> None:
+    # their references look at values, so that they cannot be one graph; they still run
+    op, args = OPS[name], next(SAMPLES[name]("cpu", False))
     compiled = torch.compile(lambda *a: op(*a), backend="aot_eager")
     torch._dynamo.reset()
     with zipfast.backend("torch"):

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         truth = None if args.truth is None else read_truth(args.truth)
         labels = None if args.labels is None else _read_labels(args.labels)
         if args.plots is not None:
-            checkpoint.check_folder(args.plots)
+            Path(args.plots).mkdir(parents=True, exist_ok=True)
         result = common.provenance("rank", args, [])
 
         def load(spec: str) -> nn.Module:
@@ -140,7 +140,6 @@ def _report(
         if args.plots is not None and scored:
             from ..ranking.plots import plot_ranking
 
-            Path(args.plots).mkdir(exist_ok=True)
             plot_ranking(ranking, Path(args.plots) / "ranking.png", truth)
         if args.out is not None:
             common.write_json(Path(args.out) / "ranking.json", result)

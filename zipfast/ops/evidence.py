@@ -152,7 +152,7 @@ def evidence(
         >>> one, two = torch.ones(1, dtype=torch.float64), torch.full((1, 1), 2.0, dtype=torch.float64)
         >>> value, status, _ = evidence([4 * one], [], [two], [2 * one], [3], [1], EXACT, 1e-10, 100, 0.0, 0.0, False)
         >>> round(float(value[EVIDENCE]), 6), int(status[CODE])
-        (-1.161822, 0)
+        (-1.187889, 0)
 
     Reference: You et al. 2021 (LogME, arXiv 2102.11005), §4, and 2022 (arXiv 2110.10545), §3 (fixed point);
     MacKay 1992, *Bayesian interpolation*.
@@ -185,6 +185,11 @@ class _Problem:
     def __post_init__(self) -> None:
         self.sigma = self.sigma.clamp(min=0)[:, None]
 
+    def code(self) -> Tensor:
+        """What ‖y‖² alone says."""
+        fine = (self.square > 0) & self.square.isfinite()
+        return torch.where(fine, FINE, torch.where(self.square == 0, EMPTY, NOT_FINITE))
+
     def moments(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """γ, ‖m‖² and Σ z²/(σ+t) at t [K]."""
         q = 1 / (self.sigma + t)
@@ -210,7 +215,7 @@ def _fixed_point(p: _Problem, mode: int, tol: float, max_iter: int) -> tuple[Ten
     n, guard = p.samples, mode == CORRECTED
     zero, one = torch.zeros_like(p.square), torch.ones_like(p.square)
     alpha, beta, t, used, energy, residual, steps, converged = one, one, one, one, zero, zero, zero, zero.bool()
-    code = torch.where(p.square > 0, FINE, torch.where(p.square == 0, EMPTY, NOT_FINITE)) if guard else zero.long()
+    code = p.code() if guard else zero.long()
     done = code != FINE
     for _ in range(max_iter):
         gamma, m2, gain = p.moments(t)
@@ -238,7 +243,7 @@ def _fixed_point(p: _Problem, mode: int, tol: float, max_iter: int) -> tuple[Ten
 
 def _exact(p: _Problem, tol: float, max_iter: int) -> tuple[Tensor, Tensor]:
     n, trace = p.samples, p.sigma.sum()
-    code = torch.where(p.square > 0, FINE, torch.where(p.square == 0, EMPTY, NOT_FINITE))
+    code = p.code()
     dark = torch.where(trace == 0, NO_SIGNAL, torch.where(trace > 0, FINE, NOT_FINITE))
     code = torch.where(code == FINE, dark, code)
     done, hopeless = code != FINE, (code == EMPTY) | (code == NOT_FINITE)

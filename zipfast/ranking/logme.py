@@ -15,7 +15,7 @@ from ..merging.moments import Moments
 from ..ops import regroup
 from . import evidence as ev
 from .spectrum import Spectrum, of_gram, of_rows
-from .targets import Array, Targets, Task, as_classes, as_features, as_targets, as_tensor, check_task
+from .targets import Array, Targets, Task, as_classes, as_features, as_targets, as_tensor, check_products, check_task
 
 WORTH_SAYING = 1e-3  # differences of scores below this are as small as those between equal models
 
@@ -25,7 +25,7 @@ class Basis:
 
     Args:
         features: [N, D], NumPy or torch, kept by reference.
-        precision: ``"float64"`` casts features before products are formed, ``"auto"`` forms them as they come.
+        precision: see :class:`zipfast.FeatureStats`.
         name: what errors call it.
 
     With N <= D everything comes from the small Gram matrix FFᵀ, [N, N].
@@ -42,7 +42,7 @@ class Basis:
     Reference: You et al. 2021 (LogME, arXiv 2102.11005), §4.
     """
 
-    def __init__(self, features: Array, *, precision: str = "auto", name: str = "Basis") -> None:
+    def __init__(self, features: Array, *, precision: str = "float64", name: str = "Basis") -> None:
         if precision not in ("auto", "float64"):
             raise ValueError(f"{name}: 'precision' must be auto or float64, got {precision!r}")
         x = as_features(name, features)
@@ -52,6 +52,7 @@ class Basis:
         self.features = x.double() if precision == "float64" else x
         self._wide = x.shape[0] <= x.shape[1]
         self._gram = Moments(1, name=name).update(self.features, axis=0 if self._wide else 1).gram()
+        check_products(name, self._gram, self.features.dtype)
         self._spectra: dict[bool, Spectrum] = {}
 
     def spectrum(self, *, public: bool = False) -> Spectrum:
@@ -60,7 +61,9 @@ class Basis:
         if public not in self._spectra:
             n = self.features.shape[0]
             self._spectra[public] = (
-                of_rows(self.features, self._gram) if self._wide else of_gram(self._gram, n, public=public)
+                of_rows(self.features, self._gram)
+                if self._wide
+                else of_gram(self._gram, n, public=public, dtype=self.features.dtype)
             )
         return self._spectra[public]
 
@@ -93,6 +96,8 @@ class Basis:
         check_task(self.name, task)
         ev.check_mode(self.name, mode)
         ev.check_empty(self.name, empty)
+        if len(labels) == 0:
+            return []
         spectrum, n = self.spectrum(public=mode == "reference"), self.features.shape[0]
         projected, squares = [], []
         for one in labels:
@@ -134,7 +139,7 @@ def logme(
     mode: ev.Mode = "exact",
     ignore_index: int | None = None,
     empty: str = "skip",
-    precision: str = "auto",
+    precision: str = "float64",
     return_details: bool = False,
 ) -> float | ev.Evidence:
     """How well a linear head on frozen features would explain the labels: the log evidence per sample. Higher is better.
@@ -282,13 +287,20 @@ class LogME:
     def _compare(basis: Basis, y: Array, task: Task, found: ev.Evidence) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an empty class is among the reasons below
-            best = basis.score(y, task=task, mode="exact")
-        if abs(best.score - found.score) <= WORTH_SAYING:
+            try:
+                best = basis.score(y, task=task, mode="exact")
+            except ValueError:
+                best = None
+        if best is None:
+            truth, reasons = "the evidence has no maximum", ["no output has a value other than 0"]
+        elif abs(best.score - found.score) <= WORTH_SAYING:
             return
+        else:
+            truth = f"the evidence's maximum is {best.score:.4f}"
+            reasons = disagreements(found, best) or ["its absolute 1e-5 in both denominators is not small here"]
         LogME._warned = True
-        reasons = disagreements(found, best) or ["its absolute 1e-5 in both denominators is not small here"]
         warnings.warn(
-            f"LogME: the public formula gives {found.score:.4f}, the evidence's maximum is {best.score:.4f}, as "
+            f"LogME: the public formula gives {found.score:.4f}, {truth}, as "
             + "; ".join(reasons)
             + ". Rankings by it may be wrong; use mode='exact'.",
             stacklevel=3,

@@ -218,7 +218,7 @@ def _ordered(rows: Sequence[Ranked], metric: str) -> tuple[Ranked, ...]:
     sizes = {len(row.replicates) for row in good}
     if len(sizes) == 1 and sizes != {0} and len({row.samples for row in good}) == 1:
         winner = torch.tensor([row.replicates for row in good]).argmax(0)  # ties: the better estimate
-        share = torch.bincount(winner, minlength=len(good)) / winner.numel()
+        share = torch.bincount(winner, minlength=len(good)).double() / winner.numel()
         good = [Ranked(**{**vars(row), "first": float(s)}) for row, s in zip(good, share)]
     return (*good, *(row for row in rows if row.error is not None))
 

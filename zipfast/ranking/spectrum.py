@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 SMALLEST_TRIDIAGONAL = 64  # below, eigenvectors cost next to nothing
+# Part of the mean eigenvalue that float32 products may be wrong by: rounding of 2^-24 in D entries of a row.
+SINGLE_ROUNDING = 1e-6
 PUBLIC_CUT = 1e-10  # the public code drops singular values at or below this, whatever the features' scale
 RESIDUAL = 1e-8  # relative, above which a GPU's eigendecomposition is not believed
 
@@ -57,7 +59,7 @@ def why_not_tridiagonal(gram: Tensor, samples: int) -> list[str]:
     return reasons
 
 
-def of_gram(gram: Tensor, samples: int, *, public: bool = False) -> Spectrum:
+def of_gram(gram: Tensor, samples: int, *, public: bool = False, dtype: torch.dtype = torch.float64) -> Spectrum:
     """The spectrum of FᵀF [D, D].
 
     Args:
@@ -65,19 +67,22 @@ def of_gram(gram: Tensor, samples: int, *, public: bool = False) -> Spectrum:
         samples: N; with N < D only the N largest eigenvalues are kept, as the others are 0.
         public: keep what the public code keeps (`mode="reference"`): all D directions, but those with a singular value of
             F at or below 1e-10, as NumPy's SVD of the Gram matrix has them, null space and its rounding included.
+        dtype: of the products in it. Where it is not float64 and eigenvalues reach down to the rounding of such products,
+            all are raised by it: a direction of pure rounding would seem to explain any labels.
 
     Cost: about 4/3·D³ (tridiagonal) or 9·D³ (eigenvectors) flops.
     """
     if not why_not_tridiagonal(gram, samples):
-        found = _tridiagonal(gram, samples, public)
+        found = _tridiagonal(gram, samples, public, dtype)
         if found is not None:
             return found
     sigma, basis = eigh(gram)
     size = gram.shape[0]
     keep = min(samples, size)
-    if public and samples > size and _rank_deficient(sigma):
+    if public and samples > size and _public_rank_matters(sigma):
         return _as_public(gram, samples)
     sigma, basis = sigma[size - keep :].contiguous(), basis[:, size - keep :]
+    sigma = sigma + _rounding(sigma, dtype)
     return Spectrum(sigma, None, samples, size, lambda x: basis.T @ x, lambda w: basis @ w)
 
 
@@ -118,9 +123,16 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return sigma, basis
 
 
-def _rank_deficient(sigma: Tensor) -> bool:
-    """Whether the smallest eigenvalue is rounding of the largest."""
-    return bool(sigma[0] <= sigma.shape[0] * torch.finfo(torch.float64).eps * sigma[-1])
+def _public_rank_matters(sigma: Tensor) -> bool:
+    """Whether the smallest eigenvalue is rounding of the largest, or near the public code's absolute cut."""
+    rounding = sigma.shape[0] * torch.finfo(torch.float64).eps * float(sigma[-1])
+    return float(sigma[0]) <= max(rounding, (100 * PUBLIC_CUT) ** 2)
+
+
+def _rounding(sigma: Tensor, dtype: torch.dtype) -> float:
+    """What to raise eigenvalues by; 0 where all of them are well above the rounding of the products."""
+    level = SINGLE_ROUNDING * float(sigma.clamp(min=0).mean()) if sigma.numel() and dtype != torch.float64 else 0.0
+    return level if level and float(sigma.min()) <= 10 * level else 0.0
 
 
 def _as_public(gram: Tensor, samples: int) -> Spectrum:
@@ -131,17 +143,19 @@ def _as_public(gram: Tensor, samples: int) -> Spectrum:
     return Spectrum(sigma, None, samples, gram.shape[0], lambda x: basis @ x, lambda w: basis.T @ w)
 
 
-def _tridiagonal(gram: Tensor, samples: int, public: bool) -> Spectrum | None:
+def _tridiagonal(gram: Tensor, samples: int, public: bool, dtype: torch.dtype) -> Spectrum | None:
     """None where the public code's rank must be counted."""
     solver, size = lapack(), gram.shape[0]
     assert solver is not None
     matrix = np.array(gram.numpy(), order="F")
     work = int(solver.dsytrd_lwork(size, lower=1)[0])
     packed, diagonal, offdiagonal, tau, _ = solver.dsytrd(matrix, lower=1, lwork=work, overwrite_a=1)
-    if public:
+    raised = 0.0
+    if public or dtype != torch.float64:  # eigenvalues alone cost little
         sigma, failed = solver.dsterf(diagonal, offdiagonal)
-        if failed or _rank_deficient(torch.from_numpy(sigma)):
+        if failed or (public and _public_rank_matters(torch.from_numpy(sigma))):
             return None
+        raised = _rounding(torch.from_numpy(sigma), dtype)
     reflectors = np.asfortranarray(packed[1:, :-1])  # Q = diag(1, H1 H2 ...), the vectors lie below the subdiagonal
 
     def rotate(x: Tensor, transposed: str) -> Tensor:
@@ -152,7 +166,7 @@ def _tridiagonal(gram: Tensor, samples: int, public: bool) -> Spectrum | None:
         return torch.cat([x[:1], torch.from_numpy(np.ascontiguousarray(turned))])
 
     return Spectrum(
-        torch.from_numpy(diagonal),
+        torch.from_numpy(diagonal + raised),
         torch.from_numpy(offdiagonal),
         samples,
         size,

@@ -22,7 +22,7 @@ from ..ops import regroup
 from . import evidence as ev
 from .metrics import FROM_SUMMARY, Summary
 from .spectrum import of_gram
-from .targets import Array, Task, as_features, as_targets, check_task
+from .targets import Array, Task, as_features, as_targets, check_products, check_task
 
 FORMAT = "zipfast.feature_stats/1"
 CHUNK = 1024  # rows gathered before they are added: adding D² float64 sums for each small batch would cost more
@@ -31,16 +31,17 @@ CHUNK = 1024  # rows gathered before they are added: adding D² float64 sums for
 class FeatureStats:
     """One pass over features and labels; scores from the sums.
 
-    Laws: ``a.update(x).merge(b.update(y))`` scores as ``c.update(x).update(y)``, to 1e-12 for float64 features and to about
-    1e-8 for others; the order of merging does not matter beyond that.
+    Laws: ``a.update(x).merge(b.update(y))`` scores as ``c.update(x).update(y)``, to 1e-12 (float32 products: about 1e-8);
+    the order of merging does not matter beyond that.
 
     Args:
         task: ``"classification"`` (labels are classes [N]), ``"regression"`` (values [N] or [N, K]) or ``"multilabel"``
             (0 and 1, [N, K]; the same sums as regression).
         classes: how many classes there are; None: as many as the largest label says. A class without samples is skipped.
         ignore_index: samples with this label are left out of all sums (classification).
-        precision: ``"float64"`` casts features before products are formed; ``"auto"`` forms them as the features come
-            (float32 for 16-bit and float32: errors of the score about 1e-8).
+        precision: ``"float64"`` casts features before products are formed; ``"auto"`` forms them as the features come,
+            which is faster for 16-bit and float32 ones: errors of the score are about 1e-8, and more where features are
+            nearly dependent, as directions with less than 1e-6 of the mean variance are then rounding.
         name: what errors call it.
 
     Example:
@@ -62,7 +63,7 @@ class FeatureStats:
         *,
         classes: int | None = None,
         ignore_index: int | None = None,
-        precision: str = "auto",
+        precision: str = "float64",
         name: str = "FeatureStats",
     ) -> None:
         check_task(name, task)
@@ -122,9 +123,9 @@ class FeatureStats:
         self._outputs = max(self._outputs, y.outputs)
         if not x.shape[0]:
             return self
-        if self._dtype is None:
-            self._dtype = torch.float64 if self.precision == "float64" else x.dtype
-        self._pending.append((x.detach().to(self._dtype, copy=True), values.clone()))
+        dtype = torch.float64 if self.precision == "float64" else x.dtype
+        self._dtype = dtype if self._dtype in (None, dtype) else torch.float32  # of several, a less exact one
+        self._pending.append((x.to(dtype, copy=True), values.clone()))
         self._pending_rows += x.shape[0]
         if self._pending_rows >= CHUNK:
             self.flush()
@@ -206,15 +207,15 @@ class FeatureStats:
 
     def cross(self) -> Tensor:
         """FᵀY, float64 [D, K]."""
-        return self._require()._cross.T
+        return self._require()._cross.T.clone()
 
     def square(self) -> Tensor:
         """Σ y² of each output, float64 [K]; of classes: samples in each."""
-        return self._require()._square
+        return self._require()._square.clone()
 
     def spectrum(self, *, public: bool = False) -> Any:
         """See :func:`zipfast.ranking.spectrum.of_gram`."""
-        return of_gram(self.gram(), self.count, public=public)
+        return of_gram(self.gram(), self.count, public=public, dtype=self.dtype)
 
     def evidence(
         self,
@@ -284,7 +285,12 @@ class FeatureStats:
         _, fourth = _recentred(self._quartic, self.moments.second(), self.moments.total(), self.count, centre)
         weight = self._weight.clamp(min=1)[:, None]
         return Summary(
-            self.count, self.moments.mean(), covariance, self._weight, self._cross / weight, max(0.0, float(fourth))
+            self.count,
+            self.moments.mean(),
+            covariance,
+            self._weight.clone(),
+            self._cross / weight,
+            max(0.0, float(fourth)),
         )
 
     def _require(self) -> FeatureStats:
@@ -292,6 +298,7 @@ class FeatureStats:
         if self.count == 0:
             raise ValueError(f"{self.name}: at least one sample is needed, got no samples")
         self.moments.check_finite()
+        check_products(self.name, self.moments.sums()[1], self.dtype)
         return self
 
     # ------------------------------------------------------------------------------------------------- combining
@@ -331,6 +338,8 @@ class FeatureStats:
                 result.moments = parts[0].moments.merge(part.moments)
                 if result._dtype != part._dtype:
                     result._dtype = torch.float32  # the less exact of the two
+        result.classes, result.ignore_index = self.classes, self.ignore_index
+        result.precision, result.name = self.precision, self.name
         result.seen = self.seen + other.seen
         return result
 
@@ -347,11 +356,15 @@ class FeatureStats:
         facts = distributed.gather((self.features, self.outputs, self.moments.count, self.seen, str(self.dtype)))
         root = next((rank for rank, fact in enumerate(facts) if fact[2]), None)
         if root is None:
-            return self.like()
+            result = self.like()
+            result.seen, result._outputs = sum(fact[3] for fact in facts), max(fact[1] for fact in facts)
+            return result
         device = self.device or distributed.device()
         features, outputs = facts[root][0], max(fact[1] for fact in facts)
         if len({fact[0] for fact in facts if fact[2]}) > 1:
             raise ValueError(f"{self.name}: all processes must have the same features, got {[f[0] for f in facts]}")
+        if self.task != "classification" and len({fact[1] for fact in facts if fact[2]}) > 1:
+            raise ValueError(f"{self.name}: all processes must have the same targets, got {[f[1] for f in facts]}")
         own = self.moments.shift
         shift = distributed.broadcast(
             torch.zeros(features, dtype=torch.float64, device=device) if own is None else own.clone(), root
@@ -397,7 +410,8 @@ class FeatureStats:
         state = self.moments.state_dict()
         tensors |= {f"moments.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
         options = {key: getattr(self, key) for key in ("task", "classes", "ignore_index", "precision", "name")}
-        return {"format": FORMAT, "options": options, "numbers": numbers, "tensors": tensors}
+        copies = {key: value.clone() for key, value in tensors.items()}
+        return {"format": FORMAT, "options": options, "numbers": numbers, "tensors": copies}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> FeatureStats:
@@ -415,14 +429,14 @@ class FeatureStats:
             stats.seen, stats._outputs = int(numbers["seen"]), int(numbers["outputs"])
             stats._dtype = None if numbers["dtype"] is None else getattr(torch, numbers["dtype"])
             for key in ("cross", "weight", "target", "square", "quartic"):
-                setattr(stats, f"_{key}", tensors[key])
+                setattr(stats, f"_{key}", tensors[key].clone())
             if numbers["count"]:
                 own = {
                     key.removeprefix("moments."): value for key, value in tensors.items() if key.startswith("moments.")
                 }
                 head = {"format": "zipfast.moments/1", "models": 1, "name": stats.name, "count": int(numbers["count"])}
-                stats.moments = Moments.from_state_dict(head | own)
-        except (KeyError, TypeError) as e:
+                stats.moments = Moments.from_state_dict({"shift": own["shift"]} | head | own)
+        except (AttributeError, KeyError, TypeError) as e:
             raise ValueError(f"FeatureStats: the saved statistics must be whole, got none of {e}") from None
         return stats
 

@@ -7,6 +7,7 @@ wanted and negative classes are errors; rows to leave out are named by `ignore_i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -40,7 +41,10 @@ def as_tensor(op: str, name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         found = value.detach()
     else:
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            raise ValueError(f"{op}: '{name}' must be an array, got rows of different lengths") from None
         if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
             if array.dtype.kind == "f":  # long double
                 array = array.astype(np.float64)
@@ -48,7 +52,10 @@ def as_tensor(op: str, name: str, value: Any) -> Tensor:
                 raise TypeError(f"{op}: '{name}' must be real numbers, got dtype {array.dtype}")
         if array.dtype in (np.uint16, np.uint32, np.uint64):
             array = array.astype(np.int64)
-        found = torch.from_numpy(np.ascontiguousarray(array))
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)  # nothing writes to it
+            found = torch.from_numpy(array)
     if found.is_complex():
         raise TypeError(f"{op}: '{name}' must be real numbers, got dtype complex")
     return found
@@ -75,8 +82,8 @@ def as_features(op: str, value: Any, *, finite: bool = True) -> Tensor:
 
 def check_finite(op: str, x: Tensor, name: str = "features") -> None:
     """Refuse NaN, infinities and magnitudes whose squares overflow, naming the first place."""
-    largest = x.abs().amax()
-    if bool(largest <= LARGEST):
+    largest = float(x.abs().amax())
+    if largest <= LARGEST:  # not so of NaN
         return
     bad = ~torch.isfinite(x)
     if bool(bad.any()):
@@ -85,7 +92,17 @@ def check_finite(op: str, x: Tensor, name: str = "features") -> None:
         raise ValueError(
             f"{op}: '{name}' must be finite, got {int(bad.sum())} NaN or infinite values, the first in {where}"
         )
-    raise ValueError(f"{op}: '{name}' must be at most {LARGEST:g} in magnitude, got {float(largest):.3g}; rescale them")
+    raise ValueError(f"{op}: '{name}' must be at most {LARGEST:g} in magnitude, got {largest:.3g}; rescale them")
+
+
+def check_products(op: str, gram: Tensor, dtype: torch.dtype) -> None:
+    """Refuse sums of products that overflowed: float32 ones do long before `LARGEST`."""
+    if not bool(torch.isfinite(gram.diagonal()).all()):
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{op}: 'features' must have squares that can be summed, got overflow with {kind} features; rescale them or "
+            "set precision='float64'"
+        )
 
 
 def as_classes(op: str, value: Any, samples: int | None = None, ignore_index: int | None = None) -> Tensor:
@@ -107,7 +124,7 @@ def as_classes(op: str, value: Any, samples: int | None = None, ignore_index: in
     check_length(op, y, samples)
     if y.is_floating_point():
         whole = y.round()
-        wrong = ~(y == whole)
+        wrong = ~((y == whole) & y.isfinite())
         if bool(wrong.any()):
             i = int(wrong.nonzero()[0])
             raise ValueError(
