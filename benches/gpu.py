@@ -111,7 +111,7 @@ def steps() -> list[Step]:
         # As scripts: a machine that only lends its GPU need not have pytest-benchmark.
         *[
             Step(f"bench {op}", budget, [*python, str(here.parent / f"bench_{op}.py"), "--device", "cuda"], judge_exit)
-            for op, budget in (("moments", 120), ("zip_match", 60), ("regroup", 30))
+            for op, budget in (("moments", 120), ("zip_match", 60), ("regroup", 30), ("evidence", 45))
         ],
         # Results beside the committed ones belong on the committed page; others get a page of their own.
         Step("report", 20, [*python, str(here.parent / "report.py"), "--page", str(page)], judge_exit),
@@ -164,6 +164,17 @@ def touch() -> None:
     wanted = by_reference(lambda: zipfast.ops.regroup(x, order, start, divisor, 1))()
     ours = zipfast.ops.regroup([t.cuda() for t in x], order.cuda(), start.cuda(), divisor.cuda(), 1).cpu()
     torch.testing.assert_close(ours, wanted)
+
+    sigma = torch.rand(40, generator=generator, dtype=torch.float64) + 1
+    z = torch.randn(40, 35, generator=generator, dtype=torch.float64)
+    square, off = (z * z).sum(0) + 9, 0.1 * sigma[1:]
+    for mode, tolerance, rounds in ((0, 1e-3, 11), (2, 1e-10, 100)):
+        for offs in ([], [off]):
+            options = ([60], [40], mode, tolerance, rounds, 1e-5, 1e-10, True)
+            wanted = by_reference(partial(zipfast.ops.evidence, [sigma], offs, [z], [square], *options))()
+            ours = zipfast.ops.evidence([sigma.cuda()], [t.cuda() for t in offs], [z.cuda()], [square.cuda()], *options)
+            torch.testing.assert_close(ours[0].cpu(), wanted[0], rtol=1e-7, atol=1e-10)
+            torch.testing.assert_close(ours[2].cpu(), wanted[2], rtol=1e-6, atol=1e-9)
     print("touched every op")
 
 

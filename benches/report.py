@@ -15,7 +15,7 @@ from typing import Any
 from harness import ROOT, results_folder, validate
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-ORDER = ["moments", "zip_match", "regroup"]
+ORDER = ["moments", "zip_match", "regroup", "evidence"]
 HEAD = """\
 # Benchmarks
 

@@ -32,14 +32,15 @@ class Op:
     inputs: Callable[[int], list[Tensor]]  # seed -> CPU tensors
     call: Callable[[list[Tensor]], list[Tensor]]
     exact: bool = True
+    rounding: tuple[float, float] = (1e-5, 1e-2)  # relative, absolute: products in float32, the reference in float64
 
     def check(self, ours: list[Tensor], wanted: list[Tensor]) -> None:
         for a, b in zip(ours, wanted, strict=True):
             if self.exact:
                 assert torch.equal(a.cpu(), b.cpu())
             else:
-                # Products run in float32, the reference in float64: relative to entries of the order of the samples.
-                torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-2)
+                relative, absolute = self.rounding
+                torch.testing.assert_close(a.cpu(), b.cpu(), rtol=relative, atol=absolute)
 
     def reference(self, inputs: list[Tensor]) -> list[Tensor]:
         with zipfast.backend("torch"):
@@ -92,6 +93,30 @@ def regrouped(inputs: list[Tensor]) -> list[Tensor]:
     return [zipfast.ops.regroup([first, second], order, start, divisor, 0)]
 
 
+def spectrum(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    diagonal = 300 * torch.rand(70, generator=generator, dtype=torch.float64) + 1
+    z = diagonal.sqrt()[:, None] * torch.randn(70, 40, generator=generator, dtype=torch.float64)
+    return [
+        diagonal,
+        0.4 * torch.rand(69, generator=generator, dtype=torch.float64),
+        z,
+        (z * z / diagonal[:, None]).sum(0) + 200,
+    ]
+
+
+def evidence(mode: int, tridiagonal: bool) -> Callable[[list[Tensor]], list[Tensor]]:
+    def call(inputs: list[Tensor]) -> list[Tensor]:
+        diagonal, off, z, square = inputs
+        offs = [off] if tridiagonal else []
+        exact = mode == 2
+        options = (mode, 1e-10 if exact else 1e-3, 100 if exact else 11, 0.0 if exact else 1e-5, 1e-10, True)
+        value, _, mean = zipfast.ops.evidence([diagonal], offs, [z], [square], [500], [70], *options)
+        return [value, mean]
+
+    return call
+
+
 OPS = [
     Op("moments, few features", moments_inputs(32, 16, torch.float32), moments, exact=False),
     Op("moments, many features", moments_inputs(320, 7, torch.float32), moments, exact=False),
@@ -99,6 +124,8 @@ OPS = [
     Op("zip_match, compat", similarity, matching(True)),
     Op("zip_match, strict", similarity, matching(False)),
     Op("regroup", regroup_inputs, regrouped),
+    Op("evidence, reference", spectrum, evidence(0, False), exact=False, rounding=(1e-9, 1e-12)),
+    Op("evidence, exact, tridiagonal", spectrum, evidence(2, True), exact=False, rounding=(1e-7, 1e-10)),
 ]
 
 

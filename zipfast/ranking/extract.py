@@ -5,15 +5,14 @@ Three routes to the pre-logits, told apart by what the model is and answers, nev
 
 - timm: ``forward_head(forward_features(x), pre_logits=True)``;
 - a model that ends in a linear layer (or 1x1 convolution): what enters that layer. It is known by its output, which *is*
-  the answer or shares its memory; where the answer is a copy (softmax, one token picked, pooled maps), by its name
+  the answer or shares its memory; or, if the answer is a copy (softmax, one token picked, pooled maps), by its name
   (:data:`HEADS`) and width. A head that works on every token is run with its input beside its output, so that the
   model's own code picks or averages both;
 - no head: of a Hugging Face record ``pooler_output``, or ``last_hidden_state`` if the pooler has a linear layer (often in
   no checkpoint, hence random); of anything else, the answer.
 
-Or the outputs of named layers. Law: where a head was found and the features are [N, D] without pooling,
-``head(features) == logits``. Cost: one forward pass per batch (two for the first batch of a head per token), in eval
-mode and without gradients. Between calls the model has no hooks and the training modes that it had.
+Or the outputs of named layers. Law: for features that needed no pooling, ``head(features) == logits``. Cost: one forward
+pass per batch (two for the first batch of a head per token), in eval mode, without gradients; no hook stays.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import batchnorm, conv, pooling
 
 from ..features import batch_inputs, batch_labels, device_of, output_tensor
 from ..sources import CHECKPOINTS, load_model
@@ -40,8 +38,10 @@ HEADS = frozenset({"classifier", "classification_head", "score", "fc", "head", "
 _INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")  # their first axis is N
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LATEST = 8  # calls that are kept while the head is not known: it is among the last layers
-_CONVOLUTIONS = (conv._ConvNd, batchnorm._BatchNorm, nn.GroupNorm, batchnorm._LazyNormBase)
-_POOLINGS = (pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._AdaptiveMaxPoolNd, pooling._AdaptiveAvgPoolNd)
+_POOLINGS = (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d)
+_Raw: TypeAlias = tuple[Tensor, str, bool]  # before pooling; what it is; whether it is rank 3 with channels second
+_Layers: TypeAlias = Sequence[str] | None
+_Progress: TypeAlias = Callable[[str, int], None] | None
 
 
 class _Call(NamedTuple):
@@ -54,44 +54,35 @@ class _Call(NamedTuple):
     version: int  # of the output: whoever writes there raises it
 
 
-class _Raw(NamedTuple):
-    """A tensor before pooling, what to call it, and whether its second axis holds the channels."""
-
-    value: Tensor
-    what: str
-    channels_first: bool = False
-
-
 class Extractor:
     """A model seen as a feature extractor.
 
     Args:
-        model: any module. It is run as it is, on its device; floating inputs take the dtype of its first floating
-            parameter. An entry ``labels`` of a batch that is a mapping is left out, as no loss is wanted.
+        model: any module. Floating inputs take the dtype of its first floating parameter, and all its device; an entry
+            ``labels`` of a batch that is a mapping is left out, as no loss is wanted.
         layers: dotted paths as in ``named_modules()``: their outputs are taken instead of the pre-logits (the last call
             counts; of a record or tuple, what :func:`zipfast.features.output_tensor` finds).
         pool: how more axes become [N, D]; [N, D] stays as it is.
-            - "auto": the mean over positions of maps: rank 4 and more, as [N, C, H, W], and rank 3 behind a convolution,
-              as [N, C, L]. Else rank 3 is tokens [N, T, D]: the first if a parameter's or buffer's name has "cls_token";
-              the last of a causal decoder (its config says is_decoder, or an architecture that ends in CausalLM, or an
-              attention layer says is_causal; not of an encoder with a decoder); else the mean.
+            - "auto": the mean over positions of maps: rank 4 and more, as [N, C, H, W], and rank 3 that has as many
+              channels as the 1-d convolution or batch norm it comes from, as [N, C, L]. Else rank 3 is tokens [N, T, D]:
+              the first if a parameter's or buffer's name has "cls_token"; the last of a causal decoder (the config says
+              is_decoder, or an architecture that ends in CausalLM, or an attention layer says is_causal; not of an
+              encoder with a decoder); else the mean.
             - "mean", "max": over positions or tokens. "first", "last": that token.
             - "channels_first", "channels_last": the mean over all axes but the second, or but the last, at any rank;
               torchvision's Swin has maps [N, H, W, C], which nothing tells from [N, C, H, W].
             A batch's ``attention_mask`` [N, T], if as long as the tokens, says which of them count, padded left or right.
 
     Attributes:
-        names: [""] for the pre-logits, or the layers.
-        how: after a call, a sentence on what was taken.
+        names: [""] for the pre-logits, or the layers. how: after a call, what was taken, in words.
         logits: the class logits [N, C] of the last call where a head was found, else None.
 
     A call takes a batch, as :func:`zipfast.features.batch_inputs` reads it, and returns name -> [N, D], detached, on the
     model's device; float32, or float64 if the model has it.
 
     Raises:
-        TypeError: no module; a layer without a floating tensor. ValueError: layers or pool that are none; a layer that
-        is not called; rows that are not the batch's; logits from no head that is known; a token asked of a map.
-        RuntimeError: a model that answers one batch with a head and another without.
+        TypeError: no module; no floating tensor. ValueError: wrong layers or pool, or a layer that is not called; rows
+        that are not the batch's; logits of no known head; a token asked of a map. RuntimeError: the head is gone.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -101,56 +92,61 @@ class Extractor:
         ((2, 8), "input of '3'", True)
     """
 
-    def __init__(self, model: nn.Module, *, layers: Sequence[str] | None = None, pool: str = "auto") -> None:
+    def __init__(self, model: nn.Module, *, layers: _Layers = None, pool: str = "auto") -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"extract: 'model' must be a torch module, got {type(model).__name__}")
         if pool not in POOLS:
             raise ValueError(f"extract: 'pool' must be one of {', '.join(POOLS)}, got {pool!r}")
         modules = {name: module for name, module in model.named_modules() if name}
-        if layers is not None:
-            wrong = [repr(layers)] if isinstance(layers, str) else [repr(x) for x in layers if x not in modules]
-            if wrong or not layers:
-                some = ", ".join(list(modules)[:3] + list(modules)[-3:])
-                seen = wrong[0] if wrong else "none"
-                raise ValueError(f"extract: 'layers' must be submodules in a list (e.g. of {some}), got {seen}")
+        wrong = [layers] if isinstance(layers, str) else [name for name in layers or () if name not in modules]
+        if layers is not None and (wrong or not layers):
+            some = ", ".join(list(modules)[:3] + list(modules)[-3:])
+            raise ValueError(f"extract: 'layers' must be a list of submodules (as {some}), got {(wrong or layers)[:1]}")
         self.model, self.pool = model, pool
         self.names = [""] if layers is None else list(dict.fromkeys(layers))
         self.how = ""
         self.logits: Tensor | None = None
         self._layers = None if layers is None else {modules[name]: name for name in self.names}
         self._watched = {module: name for name, module in model.named_modules() if _may_be_head(module)}
-        self._state = "unknown"  # then "head" or "picked", where the head is what is watched, or "headless"
+        self._state = "unknown"  # or "head" or "picked": then the head alone is watched; nothing is if there is none
         self._tokens = _token_rule(model)
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
-        args, kwargs = self._inputs(batch)
-        self.logits, rows = None, _rows(args, kwargs)
+        args, kwargs, rows = self._inputs(batch)
+        self.logits = None
         with torch.inference_mode(False), torch.no_grad(), _evaluating(self.model):
             if self._layers is not None:
                 return self._outputs(self._layers, rows, args, kwargs)
             raw = self._timm(args, kwargs) if _is_timm(self.model) else self._pre_logits(args, kwargs)
             found, self.how = self._pooled(raw, rows, kwargs)
-        self.logits = None if self.logits is None or self.logits.ndim != 2 else _wide(self.logits.detach())
+        if self.logits is not None:
+            self.logits = self.logits.to(found.dtype).detach() if self.logits.ndim == 2 else None
         return {"": found}
 
-    def _inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+        """Arguments of the model, and how many samples they hold."""
         args, kwargs = batch_inputs(batch, device_of(self.model))
         dtype = next((p.dtype for p in self.model.parameters() if p.dtype in _FLOATS), None)
 
         def cast(value: Any) -> Any:
             return value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return tuple(map(cast, args)), {key: cast(value) for key, value in kwargs.items() if key != "labels"}
+        args, kwargs = tuple(map(cast, args)), {key: cast(value) for key, value in kwargs.items() if key != "labels"}
+        given = [*args, *(kwargs.get(name) for name in _INPUTS), *kwargs.values()]
+        sizes = [value.shape[0] for value in given if isinstance(value, Tensor) and value.ndim]
+        if not sizes:
+            raise ValueError("extract: each batch must hold a tensor with an axis of samples, got none")
+        return args, kwargs, sizes[0]
 
     def _outputs(self, layers: Mapping[nn.Module, str], rows: int, args: Any, kwargs: Any) -> dict[str, Tensor]:
         found: dict[str, tuple[Tensor, str]] = {}
 
         def keep(name: str, module: nn.Module, given: Any, output: Any) -> None:
             try:
-                raw = _Raw(output_tensor(output), f"output of {name!r}", _ends_in_convolution(module))
+                value = output_tensor(output)
             except TypeError as e:
-                seen = f"{type(output).__name__} from {name!r}"
-                raise TypeError(f"extract: 'layers' must return tensors, got {seen}") from e
+                raise TypeError(f"extract: 'layers' must return tensors, got none from {name!r}: {e}") from e
+            raw = value, f"output of {name!r}", _is_map(module, value)
             x, how = self._pooled(raw, rows, kwargs)
             found[name] = (x.clone(), how)  # now: the next layer may write there
 
@@ -165,9 +161,8 @@ class Extractor:
         model: Any = self.model
         maps = model.forward_features(*args, **kwargs)
         value = output_tensor(model.forward_head(maps, pre_logits=True))
-        if getattr(model, "num_classes", None) != 0:
-            self.logits = output_tensor(model.forward_head(maps))
-        return _Raw(value, "forward_head(pre_logits=True) of timm")
+        self.logits = None if getattr(model, "num_classes", None) == 0 else output_tensor(model.forward_head(maps))
+        return value, "forward_head(pre_logits=True) of timm", False
 
     def _pre_logits(self, args: Any, kwargs: Any) -> _Raw:
         if self._state == "picked":
@@ -184,85 +179,75 @@ class Extractor:
         head = None if bare else _head_of(calls, answer)
         if head is None:
             if self._state == "head":
-                raise RuntimeError(
-                    "extract: 'model' must answer in one way, got no logits of the head that it had before"
-                )
-            self._state, self._watched = "headless", {}
+                raise RuntimeError("extract: 'model' must answer as it did before, got no logits of its head")
+            self._watched = {}
             return self._headless(output, answer)
         self._state, self._watched = "head", {head.module: head.name}
         same, linear = head.output.numel() == answer.numel(), isinstance(head.module, nn.Linear)
-        if linear and not same and self.pool == "auto":
+        if linear and not same and head.output.ndim > answer.ndim and self.pool == "auto":
             return self._picked(args, kwargs)
         self.logits = head.output.reshape(answer.shape) if same else answer
-        return _Raw(head.input, f"input of {head.name!r}" if head.name else "input of the model", not linear)
+        return head.input, f"input of {head.name!r}" if head.name else "input of the model", not linear
 
     def _headless(self, output: Any, answer: Tensor) -> _Raw:
         if isinstance(_field(output, "logits"), Tensor):
             seen = f"a {type(self.model).__name__}, whose logits come from no linear layer that is known as its head"
             raise ValueError(f"extract: 'layers' must be given, got {seen}")
         if _field(output, "last_hidden_state") is None:
-            return _Raw(answer, "output", _ends_in_convolution(self.model))
+            return answer, "output", _is_map(self.model, answer)
         pooled = _field(output, "pooler_output")
         poolers = [module for name, module in self.model.named_modules() if name.split(".")[-1] == "pooler"]
         learned = any(isinstance(module, nn.Linear) for pooler in poolers for module in pooler.modules())
         if isinstance(pooled, Tensor) and not learned:
-            return _Raw(pooled, "pooler_output")
-        return _Raw(answer, "last_hidden_state")
+            return pooled, "pooler_output", False
+        return answer, "last_hidden_state", False
 
     def _picked(self, args: Any, kwargs: Any) -> _Raw:
         """What the model's code makes of the head's input: it is made to do to it what it does to the head's output."""
         ((head, name),) = self._watched.items()
         width = int(head.weight.shape[1])  # type: ignore[union-attr]
-        model = f"a {type(self.model).__name__}, where {name!r} works per position"
-        problem = f"extract: 'pool' or 'layers' must be given for logits that are not picked or averaged, got {model}"
+        model = f"{type(self.model).__name__}, where {name!r} works per position"
         try:
             with _hooked(self._watched, lambda name, module, given, output: torch.cat([output, given], -1)):
                 answer = output_tensor(self.model(*args, **kwargs))
-        except RuntimeError as e:  # its code counts on the number of classes
-            raise ValueError(problem) from e
-        self.logits, value = answer[..., :-width], answer[..., -width:]
-        if self._state != "picked":  # the law; sums over other shapes round otherwise
-            again, error = head(value), 0.05 if value.itemsize < 4 else 1e-3
-            if again.shape != self.logits.shape or bool(
-                ((again - self.logits).abs() > error * again.abs().max()).any()
-            ):
-                raise ValueError(problem)
-            self._state = "picked"
-        return _Raw(value, f"input of {name!r}, at the positions of the logits")
+            logits, value = answer[..., :-width], answer[..., -width:]
+            if self._state != "picked":  # the law; sums over other shapes round otherwise
+                bound = (0.05 if value.itemsize < 4 else 1e-3) * float(logits.abs().max())
+                torch.testing.assert_close(head(value), logits, rtol=0, atol=bound, equal_nan=True)
+        except (RuntimeError, AssertionError) as e:  # its code counts on the number of classes, or does more
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"extract: 'pool' must be given for {model}, got logits that are no pick or mean") from e
+        self._state, self.logits = "picked", logits
+        return value, f"input of {name!r}, at the positions of the logits", False
 
     def _pooled(self, raw: _Raw, rows: int, kwargs: Mapping[str, Any]) -> tuple[Tensor, str]:
         """[N, D], and what it is."""
-        x, pool, what = raw.value.detach(), self.pool, raw.what
+        (x, what, is_map), pool, mask = raw, self.pool, kwargs.get("attention_mask")
         if not x.is_floating_point():
             raise TypeError(f"extract: 'layers' must return floating tensors, got {x.dtype} as {what}")
         if x.ndim < 2 or x.shape[0] != rows:
-            seen = f"shape {list(x.shape)} for {rows} samples as {what}"
-            raise ValueError(f"extract: features must have a row per sample, got {seen}; name other 'layers'")
-        x = _wide(x)
+            seen = f"{list(x.shape)} for {rows} samples as {what}"
+            raise ValueError(f"extract: features must have a row per sample, got {seen}; give other 'layers'")
+        x = x.detach().float() if x.itemsize < 4 else x.detach()
         if x.ndim == 2:
             return x, what
-        if pool.startswith("channels") or x.ndim > 3 or raw.channels_first:
+        if pool.startswith("channels") or x.ndim > 3 or is_map:
             if pool in ("first", "last"):
-                seen = f"{pool!r} for {list(x.shape)}, the {what}"
-                raise ValueError(f"extract: 'pool' must be auto, mean, max or channels_last for maps, got {seen}")
+                raise ValueError(f"extract: 'pool' must be auto, mean or max for maps, got {pool!r} for the {what}")
             x = x.flatten(1, -2) if pool == "channels_last" else x.flatten(2).transpose(1, 2)
             kind = "max" if pool == "max" else "mean"
             return _reduced(x, kind, None), f"{what}, {kind} over {x.shape[1]} positions"
-        kind, mask, note = self._tokens if pool == "auto" else pool, kwargs.get("attention_mask"), ""
+        kind, note = self._tokens if pool == "auto" else pool, ""
         keep = mask != 0 if isinstance(mask, Tensor) and mask.shape == x.shape[:2] else None
-        if isinstance(mask, Tensor):
+        if mask is not None:
             note = " (the attention mask has another shape)" if keep is None else " that the attention mask keeps"
         how = f"{kind} over the tokens" if kind in ("mean", "max") else f"{kind} token"
         return _reduced(x, kind, keep), f"{what}, {how}{note}"
 
 
 def extract(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    layers: Sequence[str] | None = None,
-    pool: str = "auto",
-    progress: Callable[[str, int], None] | None = None,
+    model: nn.Module, batches: Iterable[Any], *, layers: _Layers = None, pool: str = "auto", progress: _Progress = None
 ) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """Stream the features of a model over batches; arguments and errors as of :class:`Extractor`.
 
@@ -290,9 +275,7 @@ def extract(
     return map(one, enumerate(batches))
 
 
-def load_candidate(
-    spec: str, *, factory: str | None = None, factory_args: Mapping[str, Any] | None = None
-) -> nn.Module:
+def load_candidate(spec: str, *, factory: str | None = None, factory_args: Mapping | None = None) -> nn.Module:
     """The pre-trained model that a spec names, in eval mode, on the CPU.
 
     Args:
@@ -314,28 +297,19 @@ def load_candidate(
     local = Path(name).expanduser().exists()
     if local or not (kind or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) or name.endswith(CHECKPOINTS):
         return load_model(name, factory=factory, factory_args=factory_args)
-
-    def load(hf: Any) -> nn.Module:
-        options = {"torch_dtype": "auto"} if hf.__version__.startswith("4.") else {}  # the default since 5
-        return hf.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **options)
-
-    return _load(spec, "transformers", "transformers", load)
+    options = {"use_safetensors": True, "trust_remote_code": False}
+    return _load(spec, "transformers", "transformers", lambda hf: hf.AutoModel.from_pretrained(name, **options))
 
 
 def _load(spec: str, library: str, packages: str, load: Callable[[Any], nn.Module]) -> nn.Module:
     try:
-        module = importlib.import_module(library)
-    except ImportError as e:
-        raise ImportError(f"load_candidate: {library} must be installed for {spec!r}; pip install {packages}") from e
-    try:
-        return load(module).to("cpu").eval()
+        return load(importlib.import_module(library)).to("cpu").eval()
     except Exception as e:  # libraries and networks fail in many ways
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f"load_candidate: {spec!r} is no local path and {library} cannot load it ({why})") from e
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.itemsize < 4 else x
+        if isinstance(e, ImportError):
+            why = f"for {spec!r}, got {why}; pip install {packages}"
+            raise ImportError(f"load_candidate: {library} must be installed {why}") from e
+        raise ValueError(f"load_candidate: 'spec' must be a path or what {library} loads, got {spec!r} ({why})") from e
 
 
 def _field(output: Any, name: str) -> Any:
@@ -365,14 +339,14 @@ def _head_of(calls: Iterable[_Call], answer: Tensor) -> _Call | None:
     return None
 
 
-def _ends_in_convolution(module: nn.Module) -> bool:
-    """Whether the last part that does more than work on single numbers is a convolution, its norm or its pooling."""
+def _is_map(module: nn.Module, x: Tensor) -> bool:
+    """Whether x of rank 3 is [N, C, L]: its second axis is as long as the last 1-d convolution or norm has channels."""
     for part in reversed(list(module.modules())):
-        if isinstance(part, (*_CONVOLUTIONS, *_POOLINGS)):
-            return True
+        if isinstance(part, (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)):
+            return x.ndim == 3 and x.shape[1] == getattr(part, "out_channels", getattr(part, "num_features", None))
         if any(True for _ in part.parameters(recurse=False)):
             return False
-    return False
+    return isinstance(module, _POOLINGS)
 
 
 def _token_rule(model: nn.Module) -> str:
@@ -386,30 +360,20 @@ def _token_rule(model: nn.Module) -> str:
     return "last" if causal or any(getattr(m, "is_causal", False) is True for m in model.modules()) else "mean"
 
 
-def _rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    given = [*args, *(kwargs.get(name) for name in _INPUTS), *kwargs.values()]
-    sizes = [value.shape[0] for value in given if isinstance(value, Tensor) and value.ndim]
-    if not sizes:
-        raise ValueError("extract: each batch must hold a tensor with an axis of samples, got none")
-    return sizes[0]
-
-
 def _reduced(x: Tensor, kind: str, keep: Tensor | None) -> Tensor:
-    """[N, P, D] -> [N, D] over the positions that ``keep`` [N, P] marks; what the others hold does not matter."""
+    """[N, P, D] -> [N, D] over the positions that ``keep`` [N, P] marks, whatever the others hold."""
     if keep is None:
-        if kind in ("first", "last"):
-            return x[:, 0 if kind == "first" else -1]
-        return x.amax(1) if kind == "max" else x.mean(1)
+        pick = {"first": lambda: x[:, 0], "last": lambda: x[:, -1], "max": lambda: x.amax(1), "mean": lambda: x.mean(1)}
+        return pick[kind]()
     keep = keep.to(x.device)
     if not bool(keep.any(1).all()):
         raise ValueError("extract: 'attention_mask' must keep a token of every sample, got a row of zeros")
-    if kind in ("first", "last"):
-        order = torch.arange(1, x.shape[1] + 1, device=x.device)
-        at = (keep * (order if kind == "last" else order.flip(0))).argmax(1)
-        return x[torch.arange(len(x), device=x.device), at]
-    if kind == "max":
-        return x.masked_fill(~keep[:, :, None], float("-inf")).amax(1)
-    return x.masked_fill(~keep[:, :, None], 0).sum(1) / keep.sum(1, keepdim=True)
+    if kind in ("mean", "max"):
+        x = x.masked_fill(~keep[:, :, None], 0 if kind == "mean" else float("-inf"))
+        return x.amax(1) if kind == "max" else x.sum(1) / keep.sum(1, keepdim=True)
+    order = torch.arange(1, x.shape[1] + 1, device=x.device)
+    at = (keep * (order if kind == "last" else order.flip(0))).argmax(1)
+    return x[torch.arange(len(x), device=x.device), at]
 
 
 @contextmanager

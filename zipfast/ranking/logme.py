@@ -14,7 +14,7 @@ from torch import Tensor
 from ..merging.moments import Moments
 from ..ops import regroup
 from . import evidence as ev
-from .spectrum import Spectrum, of_gram, of_rows
+from .spectrum import Spectrum, of_gram, of_rows, rounding_of
 from .targets import Array, Targets, Task, as_classes, as_features, as_targets, as_tensor, check_products, check_task
 
 WORTH_SAYING = 1e-3  # differences of scores below this are as small as those between equal models
@@ -51,7 +51,8 @@ class Basis:
         self.name = name
         self.features = x.double() if precision == "float64" else x
         self._wide = x.shape[0] <= x.shape[1]
-        self._gram = Moments(1, name=name).update(self.features, axis=0 if self._wide else 1).gram()
+        moments = Moments(1, name=name).update(self.features, axis=0 if self._wide else 1)
+        self._gram, self._rounding = moments.gram(), rounding_of(moments.sums()[1], self.features.dtype)
         check_products(name, self._gram, self.features.dtype)
         self._spectra: dict[bool, Spectrum] = {}
 
@@ -63,7 +64,7 @@ class Basis:
             self._spectra[public] = (
                 of_rows(self.features, self._gram)
                 if self._wide
-                else of_gram(self._gram, n, public=public, dtype=self.features.dtype)
+                else of_gram(self._gram, n, public=public, rounding=self._rounding)
             )
         return self._spectra[public]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_TRIDIAGONAL = 64  # below, eigenvectors cost next to nothing
-# Part of the mean eigenvalue that float32 products may be wrong by: rounding of 2^-24 in D entries of a row.
+# Part of the mean eigenvalue of shifted features that float32 products may be wrong by: 2^-24 in D entries of a row.
 SINGLE_ROUNDING = 1e-6
 PUBLIC_CUT = 1e-10  # the public code drops singular values at or below this, whatever the features' scale
 RESIDUAL = 1e-8  # relative, above which a GPU's eigendecomposition is not believed
@@ -59,7 +59,15 @@ def why_not_tridiagonal(gram: Tensor, samples: int) -> list[str]:
     return reasons
 
 
-def of_gram(gram: Tensor, samples: int, *, public: bool = False, dtype: torch.dtype = torch.float64) -> Spectrum:
+def rounding_of(second: Tensor, dtype: torch.dtype) -> float:
+    """What eigenvalues may be wrong by, from the sums of products of shifted features [D, D] and the products' dtype.
+
+    Large means are no part of it, as only what is left of them after the shift is multiplied.
+    """
+    return 0.0 if dtype == torch.float64 else SINGLE_ROUNDING * float(second.diagonal().mean())
+
+
+def of_gram(gram: Tensor, samples: int, *, public: bool = False, rounding: float = 0.0) -> Spectrum:
     """The spectrum of FᵀF [D, D].
 
     Args:
@@ -67,13 +75,13 @@ def of_gram(gram: Tensor, samples: int, *, public: bool = False, dtype: torch.dt
         samples: N; with N < D only the N largest eigenvalues are kept, as the others are 0.
         public: keep what the public code keeps (`mode="reference"`): all D directions, but those with a singular value of
             F at or below 1e-10, as NumPy's SVD of the Gram matrix has them, null space and its rounding included.
-        dtype: of the products in it. Where it is not float64 and eigenvalues reach down to the rounding of such products,
-            all are raised by it: a direction of pure rounding would seem to explain any labels.
+        rounding: what its eigenvalues may be wrong by, see :func:`rounding_of`. Where they reach down to that, all are
+            raised by it: a direction of pure rounding would seem to explain any labels.
 
     Cost: about 4/3·D³ (tridiagonal) or 9·D³ (eigenvectors) flops.
     """
     if not why_not_tridiagonal(gram, samples):
-        found = _tridiagonal(gram, samples, public, dtype)
+        found = _tridiagonal(gram, samples, public, rounding)
         if found is not None:
             return found
     sigma, basis = eigh(gram)
@@ -82,7 +90,7 @@ def of_gram(gram: Tensor, samples: int, *, public: bool = False, dtype: torch.dt
     if public and samples > size and _public_rank_matters(sigma):
         return _as_public(gram, samples)
     sigma, basis = sigma[size - keep :].contiguous(), basis[:, size - keep :]
-    sigma = sigma + _rounding(sigma, dtype)
+    sigma = sigma + _raised(sigma, rounding)
     return Spectrum(sigma, None, samples, size, lambda x: basis.T @ x, lambda w: basis @ w)
 
 
@@ -129,10 +137,9 @@ def _public_rank_matters(sigma: Tensor) -> bool:
     return float(sigma[0]) <= max(rounding, (100 * PUBLIC_CUT) ** 2)
 
 
-def _rounding(sigma: Tensor, dtype: torch.dtype) -> float:
+def _raised(sigma: Tensor, rounding: float) -> float:
     """What to raise eigenvalues by; 0 where all of them are well above the rounding of the products."""
-    level = SINGLE_ROUNDING * float(sigma.clamp(min=0).mean()) if sigma.numel() and dtype != torch.float64 else 0.0
-    return level if level and float(sigma.min()) <= 10 * level else 0.0
+    return rounding if rounding and float(sigma.min()) <= 10 * rounding else 0.0
 
 
 def _as_public(gram: Tensor, samples: int) -> Spectrum:
@@ -143,7 +150,7 @@ def _as_public(gram: Tensor, samples: int) -> Spectrum:
     return Spectrum(sigma, None, samples, gram.shape[0], lambda x: basis @ x, lambda w: basis.T @ w)
 
 
-def _tridiagonal(gram: Tensor, samples: int, public: bool, dtype: torch.dtype) -> Spectrum | None:
+def _tridiagonal(gram: Tensor, samples: int, public: bool, rounding: float) -> Spectrum | None:
     """None where the public code's rank must be counted."""
     solver, size = lapack(), gram.shape[0]
     assert solver is not None
@@ -151,11 +158,11 @@ def _tridiagonal(gram: Tensor, samples: int, public: bool, dtype: torch.dtype) -
     work = int(solver.dsytrd_lwork(size, lower=1)[0])
     packed, diagonal, offdiagonal, tau, _ = solver.dsytrd(matrix, lower=1, lwork=work, overwrite_a=1)
     raised = 0.0
-    if public or dtype != torch.float64:  # eigenvalues alone cost little
+    if public or rounding:  # eigenvalues alone cost little
         sigma, failed = solver.dsterf(diagonal, offdiagonal)
         if failed or (public and _public_rank_matters(torch.from_numpy(sigma))):
             return None
-        raised = _rounding(torch.from_numpy(sigma), dtype)
+        raised = _raised(torch.from_numpy(sigma), rounding)
     reflectors = np.asfortranarray(packed[1:, :-1])  # Q = diag(1, H1 H2 ...), the vectors lie below the subdiagonal
 
     def rotate(x: Tensor, transposed: str) -> Tensor:

@@ -21,7 +21,7 @@ from ..merging.moments import Moments
 from ..ops import regroup
 from . import evidence as ev
 from .metrics import FROM_SUMMARY, Summary
-from .spectrum import of_gram
+from .spectrum import of_gram, rounding_of
 from .targets import Array, Task, as_features, as_targets, check_products, check_task
 
 FORMAT = "zipfast.feature_stats/1"
@@ -215,7 +215,8 @@ class FeatureStats:
 
     def spectrum(self, *, public: bool = False) -> Any:
         """See :func:`zipfast.ranking.spectrum.of_gram`."""
-        return of_gram(self.gram(), self.count, public=public, dtype=self.dtype)
+        gram = self.gram()
+        return of_gram(gram, self.count, public=public, rounding=rounding_of(self.moments.sums()[1], self.dtype))
 
     def evidence(
         self,

@@ -52,7 +52,7 @@ def as_tensor(op: str, name: str, value: Any) -> Tensor:
                 raise TypeError(f"{op}: '{name}' must be real numbers, got dtype {array.dtype}")
         if array.dtype in (np.uint16, np.uint32, np.uint64):
             array = array.astype(np.int64)
-        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+        array = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)  # nothing writes to it
             found = torch.from_numpy(array)
