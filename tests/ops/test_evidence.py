@@ -160,8 +160,7 @@ def expected(n: int, d: int, outputs: int, noise: float, mode: int, kept: int) -
     f, y = draw(n, d, outputs, noise)
     if mode == EXACT:
         return climb(f, y)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value, rounds, near, mean = zip(*(iterate(f, y[:, j], mode, kept) for j in range(outputs)))
+    value, rounds, near, mean = zip(*(iterate(f, y[:, j], mode, kept) for j in range(outputs)))
     return np.array(value).T, np.array(rounds), np.array(near), np.array(mean).T
 
 

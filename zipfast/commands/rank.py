@@ -7,6 +7,7 @@ import argparse
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,14 @@ def run(args: argparse.Namespace) -> int:
         result = common.provenance("rank", args, [])
 
         def load(spec: str) -> nn.Module:
-            if sources.parse_spec(spec).kind == "folder":
+            kind = sources.parse_spec(spec).kind
+            if kind == "folder" or spec.startswith(("hf:", "timm:")):
                 return load_candidate(spec)
-            return sources.load_model(spec, factory=args.factory, factory_args=args.factory_args)
+            factory = args.factory if kind == "checkpoint" else None  # others say themselves what builds them
+            return load_candidate(spec, factory=factory, factory_args=args.factory_args)
+
+        read = {} if data is None else data.description  # and what else a score depends on, for the journal
+        read |= {name: getattr(args, name) for name in ("labels", "factory", "factory_args") if getattr(args, name)}
 
         batches = common.share(args.batches, worker, world)
         totals = {"models": len(args.models), "batches": common.batches_of(data, batches), "bootstrap": args.bootstrap}
@@ -119,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
                 out=args.out,
                 save_features=args.save_features,
                 load=load,
-                data_name="" if data is None else json.dumps(data.description, sort_keys=True),
+                data_name=json.dumps(read, sort_keys=True) if read else "",
                 progress=progress,
             )
         return _report(args, ranking, truth, result)
@@ -130,10 +136,13 @@ def _report(
 ) -> int:
     scored = [row for row in ranking.rows if row.error is None]
     result |= {"ranking": ranking.to_dict()}
-    text = str(ranking)
-    if truth is not None and scored:
-        found = ranking.agreement(truth)
-        result["agreement"] = {name: vars(a) for name, a in found.items()}
+    text, wrong = str(ranking), None
+    try:
+        found = {} if truth is None or not scored else ranking.agreement(truth)
+    except (ValueError, ImportError) as e:  # said at the end: the scores are worth more
+        found, truth, wrong = {}, None, e
+    if found:
+        result["agreement"] = {name: _plain(vars(a)) for name, a in found.items()}
         text += f"\n\nweighted Kendall tau with {args.truth}, 95% over the models"
         text += "".join(f"\n  {name:<12} {a}" for name, a in found.items())
     if distributed.rank() == 0:
@@ -146,7 +155,13 @@ def _report(
             with checkpoint.atomic_write(Path(args.out) / "ranking.csv", "w") as file:
                 file.write(_csv(ranking))
     common.emit(result, text, args.json)
+    if wrong is not None:
+        raise wrong
     return 0 if scored else 1
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _csv(ranking: Ranking) -> str:

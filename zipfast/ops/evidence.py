@@ -25,7 +25,7 @@ EVIDENCE, ALPHA, BETA, RATIO = range(4)  # rows of the first result
 STEPS, CONVERGED, CODE = range(3)  # rows of the second
 
 # Exact mode looks at the profile in these places, ln t - ln Σσ, before it climbs: there may be several maxima.
-SCAN_FIRST, SCAN_STEP, SCAN_POINTS = -36.0, 2.5, 18
+SCAN_FIRST, SCAN_STEP, SCAN_POINTS = -36.0, 1.25, 35
 CLIMB_LOW, CLIMB_HIGH, FLAT, LONGEST_STEP = -60.0, 26.0, 18.0, 3.0
 
 
@@ -144,7 +144,7 @@ def evidence(
     Raises:
         TypeError, ValueError, RuntimeError: dtype, shape, range, device.
 
-    Cost and determinism: O(k) per output and round, with 1 division (diagonal) or 3 (tridiagonal); 11 rounds, or 18 and
+    Cost and determinism: O(k) per output and round, with 1 division (diagonal) or 3 (tridiagonal); 11 rounds, or 35 and
     about 7 in exact mode.  Sums run over k in a fixed order: equal on every run and thread count.
 
     Example:

@@ -79,6 +79,7 @@ class ShardedStats:
         if not full:
             return self.empty.like()
         if len(full) == 1:
+            self.parts = full  # nothing to resample
             return full[0]
         shift = full[0].flush().moments.shift
         assert shift is not None

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +118,7 @@ def load_features(path: str) -> tuple[Tensor, Any]:
         else:
             with np.load(source, allow_pickle=False) as file:
                 found = dict(file)
-    except (ValueError, OSError, EOFError) as e:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"rank: {source} must hold arrays of numbers, got {' '.join(str(e).split())[:100]}") from None
     features = next((found[key] for key in FEATURE_KEYS if key in found), None)
     if features is None:

@@ -251,11 +251,9 @@ def extract(
 ) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """Stream the features of a model over batches; arguments and errors as of :class:`Extractor`.
 
-    Args:
-        progress: called with ("batches", done).
-
     Returns:
         Pairs of name -> features [N, D], and the batch's labels: its second item, or its entry ``labels``, or None.
+        After each batch ``progress("batches", done)`` is called.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -279,8 +277,8 @@ def load_candidate(spec: str, *, factory: str | None = None, factory_args: Mappi
     """The pre-trained model that a spec names, in eval mode, on the CPU.
 
     Args:
-        spec: - ``hf:NAME``, or a bare ``owner/name`` that is no local path: transformers' AutoModel from the hub (or its
-                cache), safetensors only, no code of the repository; ``hf:FOLDER`` is the folder.
+        spec: - ``hf:NAME``, or a bare ``owner/name`` that is no local path: its config and safetensors from the Hugging
+                Face hub (or its cache), and no code of the repository, read as a folder; ``hf:FOLDER`` is a folder here.
               - ``timm:NAME``: ``timm.create_model``, with its pre-trained weights and its classes.
               - all else, and every local path: as :func:`zipfast.sources.load_model`, which gets the other arguments.
 
@@ -297,8 +295,13 @@ def load_candidate(spec: str, *, factory: str | None = None, factory_args: Mappi
     local = Path(name).expanduser().exists()
     if local or not (kind or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) or name.endswith(CHECKPOINTS):
         return load_model(name, factory=factory, factory_args=factory_args)
-    options = {"use_safetensors": True, "trust_remote_code": False}
-    return _load(spec, "transformers", "transformers", lambda hf: hf.AutoModel.from_pretrained(name, **options))
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    return _load(
+        spec,
+        "huggingface_hub",
+        "transformers",
+        lambda hub: load_model(hub.snapshot_download(name, allow_patterns=patterns)),
+    )
 
 
 def _load(spec: str, library: str, packages: str, load: Callable[[Any], nn.Module]) -> nn.Module:
@@ -307,8 +310,7 @@ def _load(spec: str, library: str, packages: str, load: Callable[[Any], nn.Modul
     except Exception as e:  # libraries and networks fail in many ways
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         if isinstance(e, ImportError):
-            why = f"for {spec!r}, got {why}; pip install {packages}"
-            raise ImportError(f"load_candidate: {library} must be installed {why}") from e
+            raise ImportError(f"load_candidate: {library} must be installed, got {why}; pip install {packages}") from e
         raise ValueError(f"load_candidate: 'spec' must be a path or what {library} loads, got {spec!r} ({why})") from e
 
 

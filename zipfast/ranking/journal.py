@@ -71,7 +71,14 @@ class Journal:
         assert self.path is not None
         text = self.path.read_text() if self.path.is_file() else ""
         lines = text[: text.rfind("\n") + 1].splitlines()
-        if lines and (found := json.loads(lines[0])) != header:
+        try:
+            found = json.loads(lines[0]) if lines else header
+            known = [json.loads(line).keys() >= {"name", "origin", "rows"} for line in lines[1:]]
+        except (ValueError, AttributeError):
+            known = [False]
+        if not all(known) or not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"rank: {self.path} must be a journal of this version, got another file; remove it")
+        if found != header:
             old, new = found.get("options", {}), header["options"]
             other = next((key for key in new if old.get(key) != new[key]), "workers")
             raise ValueError(

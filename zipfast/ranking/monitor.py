@@ -122,7 +122,7 @@ class LogMEMonitor:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; plain numbers and lists."""
         names = ("calls", "history", "best_score", "best_step", "waited")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "history": list(self.history)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""

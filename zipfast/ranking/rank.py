@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .. import checkpoint, distributed
 from . import evidence as ev
 from .agreement import Agreement, agreement
-from .bootstrap import ShardedStats
+from .bootstrap import Interval, ShardedStats
 from .candidates import Candidate, Source, labelled, load_candidate, parameters_of, sources_of, stacked
 from .extract import Extractor
 from .journal import FORMAT, Journal, Ranked
@@ -57,7 +57,8 @@ class Ranking:
         least = sum(r.name in truth for r in rows)
         found = {}
         for name, column in columns.items():
-            if sum(n in truth for n in column) == least or name in self.metrics:
+            differ = len(set(column.values())) > 1 and sum(n in truth for n in column) == least
+            if differ or name in self.metrics:
                 found[name] = agreement(column, truth, seed=seed)
         return found
 
@@ -66,11 +67,12 @@ class Ranking:
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; replicates are left out."""
+        """For JSON, which has no NaN; replicates are left out."""
         rows = []
         for row in self.rows:
             plain = asdict(row)
             plain.pop("replicates")
+            plain["scores"] = {name: s if math.isfinite(s) else None for name, s in row.scores.items()}
             rows.append(plain)
         return {"format": FORMAT, "metric": self.metric, "options": self.options, "rows": rows}
 
@@ -126,7 +128,7 @@ def rank(
         models: by name: a torch module; a function that makes one; a text (a Hugging Face folder or name, ``timm:NAME``,
             ``package.module:factory@checkpoint``; see :func:`zipfast.ranking.extract.load_candidate`), or saved features
             (.npy, .npz, .safetensors); or a pair (features, labels). A list of texts names them by themselves, or by
-            ``NAME=SPEC``.
+            ``NAME=SPEC``. In a process group files are shared out, and a pair is the process's share.
         batches: (inputs, labels), or mappings with ``labels`` in them, that can be read once per model, in the same order;
             in a process group each process has its own share.
         task, classes, ignore_index: see :class:`zipfast.FeatureStats`.
@@ -216,7 +218,7 @@ def _ordered(rows: Sequence[Ranked], metric: str) -> tuple[Ranked, ...]:
     good = [row for row in rows if row.error is None]
     good.sort(key=lambda row: -row.scores[metric] if math.isfinite(row.scores[metric]) else math.inf)
     sizes = {len(row.replicates) for row in good}
-    if len(sizes) == 1 and sizes != {0} and len({row.samples for row in good}) == 1:
+    if len(sizes) == 1 and min(sizes) > 1 and len({row.samples for row in good}) == 1:
         winner = torch.tensor([row.replicates for row in good]).argmax(0)  # ties: the better estimate
         share = torch.bincount(winner, minlength=len(good)).double() / winner.numel()
         good = [Ranked(**{**vars(row), "first": float(s)}) for row, s in zip(good, share)]
@@ -232,6 +234,8 @@ class _Job:
         self.options, self.batches, self.labels, self.device, self.progress = options, batches, labels, device, progress
         self.folder = None if save_features is None else Path(save_features)
         if self.folder is not None:
+            if distributed.world_size() > 1:
+                raise ValueError(f"rank: 'save_features' must be None in a process group, got {str(self.folder)!r}")
             checkpoint.check_folder(self.folder)
             self.folder.mkdir(exist_ok=True)
         self.metrics: list[str] = options["metrics"]
@@ -245,15 +249,20 @@ class _Job:
             if source.arrays is not None:
                 return [self._of_arrays(source, begin)]
             return self._of_model(source, begin)
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
+        except Exception as e:  # models are anyone's code
             if distributed.world_size() > 1:  # the others would wait for this process for ever
                 raise
-            return [Ranked(source.name, source.origin, error=" ".join(str(e).split()) or type(e).__name__)]
+            said, kind = " ".join(str(e).split()), type(e).__name__
+            plain = isinstance(e, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and said
+            return [Ranked(source.name, source.origin, error=said if plain else f"{kind}: {said}")]
 
     def _stats(self) -> ShardedStats:
         o = self.options
         empty = FeatureStats(o["task"], classes=o["classes"], ignore_index=o["ignore_index"], name="rank")
         return ShardedStats(empty, o["shards"] if o["bootstrap"] else 1, seed=o["seed"])
+
+    def _targets(self, labels: Any, samples: int | None = None) -> Tensor:
+        return as_targets("rank", labels, self.options["task"], samples, self.options["ignore_index"]).values
 
     def _of_arrays(self, source: Source, begin: float) -> Ranked:
         assert source.arrays is not None
@@ -261,13 +270,13 @@ class _Job:
         labels = self.labels if labels is None else labels
         if labels is None:
             raise ValueError(f"rank: {source.origin} must hold labels too, got none; pass labels=")
-        stats = self._stats().update(features, labels)
-        whole = (
-            features,
-            as_targets("rank", labels, self.options["task"], features.shape[0], self.options["ignore_index"]),
-        )
+        y = self._targets(labels, features.shape[0])
+        if distributed.world_size() > 1 and source.origin != "arrays":  # a file is whole in every process
+            own = slice(distributed.rank(), None, distributed.world_size())
+            features, y = features[own], y[own]
+        stats = self._stats().update(features, y)
         row = Ranked(source.name, source.origin, how="saved features", features=features.shape[1])
-        return self._scored(row, stats, begin, (whole[0], whole[1].values), None)
+        return self._scored(row, stats, begin, (features, y), None)
 
     def _of_model(self, source: Source, begin: float) -> list[Ranked]:
         assert source.model is not None
@@ -283,8 +292,8 @@ class _Job:
         labels: list[Tensor] = []
         logits: list[Tensor] = []
         training = {m: m.training for m in model.modules()}
-        extractor = Extractor(model.eval(), layers=self.options["layers"], pool=self.options["pool"])
         try:
+            extractor = Extractor(model.eval(), layers=self.options["layers"], pool=self.options["pool"])
             for number, (inputs, y) in enumerate(labelled(islice(self.batches, self.options["max_batches"]))):
                 with torch.no_grad():
                     found = extractor(inputs)
@@ -292,7 +301,7 @@ class _Job:
                     stats.setdefault(name, self._stats()).update(x, y)
                     if self.keep:
                         kept.setdefault(name, []).append(x.cpu())
-                labels.append(y.cpu())
+                labels.append(self._targets(y).cpu())
                 if "leep" in self.metrics:
                     if extractor.logits is None:
                         raise ValueError(f"rank: leep needs a model with a class head, got none in {source.name!r}")
@@ -359,7 +368,7 @@ class _Job:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said above
             scores = one_pass(total)
-        intervals = {}
+        intervals: dict[str, Interval] = {}
         if o["bootstrap"] and len(shards.parts) > 1 and scores:
             intervals = shards.intervals(
                 one_pass, scores, replicates=o["bootstrap"], confidence=o["confidence"], progress=self.progress
@@ -372,7 +381,7 @@ class _Job:
                 if theta is None or labels is None:
                     raise ValueError(f"rank: {name} needs a model with a class head, got features only in {row.name!r}")
                 scores[name] = FROM_PROBABILITIES[name](*_without(theta, labels, o["ignore_index"]))
-        if self.folder is not None and whole is not None and distributed.rank() == 0:
+        if self.folder is not None and whole is not None:
             tensors = {"features": whole[0], "labels": whole[1]}
             checkpoint.save(
                 self.folder / f"{slug(row.name)}.safetensors", tensors, {"origin": row.origin, "how": row.how}
@@ -384,7 +393,7 @@ class _Job:
             row.origin,
             row.how,
             {name: scores[name] for name in self.metrics},
-            {name: (i.low, i.high) for name, i in intervals.items()},
+            {name: (i.low, i.high) for name, i in intervals.items() if math.isfinite(i.low)},
             None,
             total.count,
             total.features,
