@@ -316,6 +316,28 @@ def test_features_without_signal(n, d):
     assert not np.isfinite(exact(np.zeros((n, d)), y, mode="reference"))
     noise = exact(np.random.default_rng(0).normal(size=(n, d)), y)
     assert noise >= nothing - 1e-13
+    assert null_score(torch.tensor([4.0, 0, 4], dtype=torch.float64), 4) == -0.5 * (1 + np.log(2 * np.pi))
+
+
+def test_floor_of_single_precision():
+    """A perfect fit is one up to the rounding of the products."""
+    f = torch.from_numpy(draw(400, 20)[0]).float()
+    y = f[:, :1].double() + 1e-4 * torch.randn(400, 1, generator=torch.Generator().manual_seed(0)).double()
+    double, single = (FeatureStats("regression", precision=p).update(f, y).evidence() for p in ("float64", "auto"))
+    assert double.perfect == () and single.perfect == (0,) and single.score < double.score
+
+
+def test_rounds():
+    f, y = draw(200, 60, 10, signal=0)
+    model = LogME(max_iter=3)
+    model.fit(f, y)
+    assert model.evidence.steps.tolist() == [3] * 10
+    stats = FeatureStats().update(f, y)
+    assert (
+        stats.evidence("reference", tol=0).steps.tolist() == [11] * 10 and stats.evidence("reference").steps.max() <= 11
+    )
+    assert stats.evidence("reference", tol=1e9).steps.tolist() == [1] * 10
+    assert stats.evidence(max_iter=2).steps.max() == 2 and bool(stats.evidence().converged.all())
 
 
 def test_reasons_of_disagreement():
@@ -347,11 +369,11 @@ def test_one_matrix_many_label_sets(n, d, mode):
     many = basis.score_many(labels, mode=mode)
     assert len(many) == 20 and basis.score_many([]) == []
     for one, found in zip(labels, many):
-        assert found.score == basis.score(one, mode=mode).score == float(found)
+        assert abs(found.score - basis.score(one, mode=mode).score) <= 1e-12 and float(found) == found.score
         assert abs(found.score - FeatureStats().update(f, one).score(mode=mode)) <= (1e-10 if n < d else 1e-12)
     values = [f[:, :2] + g.normal(size=(n, 2)) for _ in range(3)]
     for one, found in zip(values, basis.score_many(values, task="regression", mode=mode)):
-        assert found.score == basis.score(one, task="regression", mode=mode).score
+        assert abs(found.score - basis.score(one, task="regression", mode=mode).score) <= 1e-12
 
 
 @pytest.mark.parametrize("n, d", [(600, 20), (600, 150), (90, 150)])

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             factory = args.factory if kind == "checkpoint" else None  # others say themselves what builds them
             return load_candidate(spec, factory=factory, factory_args=args.factory_args)
 
-        read = {} if data is None else data.description  # and what else a score depends on, for the journal
+        read = {} if data is None else dict(data.description)  # and what else a score depends on, for the journal
         read |= {name: getattr(args, name) for name in ("labels", "factory", "factory_args") if getattr(args, name)}
 
         batches = common.share(args.batches, worker, world)

@@ -169,8 +169,9 @@ class Moments:
 
     def second(self) -> Tensor:
         """Σ (x - shift)(x - shift)ᵀ, float64 [F, F], symmetric to the bit."""
-        upper = self._require(1).comoment
-        return upper.triu() + upper.triu(1).T
+        full = self._require(1).comoment.triu()
+        below = full.T.tril(-1)
+        return full.add_(below)
 
     def gram(self) -> Tensor:
         """Σ x xᵀ, not centred, float64 [F, F], symmetric to the bit."""
@@ -178,7 +179,7 @@ class Moments:
         if bool((sums.shift == 0).all()):
             return second
         cross = torch.outer(sums.shift, sums.total + 0.5 * self.count * sums.shift)
-        return second + cross + cross.T
+        return second.add_(cross).add_(cross.T)
 
     def covariance(self) -> Tensor:
         """Biased covariance (divided by the count), float64 [F, F], symmetric to the bit; no variance is negative.

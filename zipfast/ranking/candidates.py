@@ -135,7 +135,7 @@ def labelled(batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
     """
     for batch in batches:
         labels = batch_labels(batch)
-        inputs = batch
+        inputs = batch if labels is None else batch[0]
         if labels is None and isinstance(batch, Mapping) and "labels" in batch:
             labels, inputs = batch["labels"], {key: value for key, value in batch.items() if key != "labels"}
         if labels is None:

@@ -100,12 +100,16 @@ class Basis:
         if len(labels) == 0:
             return []
         spectrum, n = self.spectrum(public=mode == "reference"), self.features.shape[0]
-        projected, squares = [], []
+        crosses, squares = [], []
         for one in labels:
             targets = as_targets(self.name, one, task, n)
             cross, square = self._cross(targets, max(classes or 0, targets.outputs))
-            projected.append(spectrum.project(cross))
+            crosses.append(cross)
             squares.append(square)
+        if not crosses:
+            return []
+        # One product with V for all label sets.
+        projected = spectrum.project(torch.cat(crosses, 1)).split([c.shape[1] for c in crosses], 1)
         return ev.solve(
             [spectrum] * len(squares),
             projected,
