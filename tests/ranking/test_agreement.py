@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted Kendall tau: known values, its definition written out, intervals over models, errors."""
+"""Weighted Kendall tau: known values, its definition written out, intervals, errors; and the tables it is taken of."""
 
 from __future__ import annotations
 
 import builtins
+import json
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 
 import zipfast
 from zipfast.ranking.agreement import Agreement, agreement, weighted_tau
+from zipfast.ranking.rank import METRICS, rank
 
 pytest.importorskip("scipy")
 FIVE = {name: float(i) for i, name in enumerate("abcde")}
@@ -149,3 +153,58 @@ def test_rankings_by_size_are_compared_too() -> None:
     with_arrays = zipfast.rank({**nets, "saved": (x, batches[0][1])}, batches, bootstrap=0)
     found = with_arrays.agreement({"n3": 1.0, "n5": 2.0, "saved": 3.0})
     assert found.keys() == {"logme", "features D"}  # saved features have no parameters
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_first_metric_orders(metric: str) -> None:
+    x = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
+    nets = {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        nets[f"n{seed}"] = zipfast.zoo.mlp(4, [5], 2)
+    metrics = [metric, *({"logme", "lfc"} - {metric})]
+    found = rank(nets, [(x, (x[:, 0] > 0).long())], metrics=metrics, bootstrap=0)
+    column = [row.scores[metric] for row in found.rows]
+    assert column == sorted(column, reverse=True) and found.metric == metric and found.metrics == metrics
+
+
+def test_notes_stand_below_their_row() -> None:
+    x = torch.randn(150, 3, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # they are notes
+        found = rank({"a": (x, torch.arange(150) % 2 * 2)}, bootstrap=10)
+    notes = found.rows[0].notes
+    assert notes[0] == "skipped 1 empty output(s), 1: no sample has that class"
+    assert notes[1].endswith(" of 3 outputs have no signal in these features")
+    assert [line.strip() for line in str(found).splitlines()[2:]] == list(notes)
+    perfect = rank({"a": (x, x[:, 0])}, task="regression").rows[0].notes
+    assert any("1 of 1 outputs are fitted up to rounding" in note for note in perfect)
+
+
+def test_a_ranking_as_json() -> None:
+    found = json.loads(json.dumps(ranking().to_dict(), allow_nan=False))
+    assert found["format"] == "zipfast.ranking/1" and found["metric"] == "logme"
+    assert [row["name"] for row in found["rows"]] == ["m0", "m1", "m2", "lost"]
+    assert found["rows"][3]["error"] and found["rows"][3]["scores"] == {} and "replicates" not in found["rows"][0]
+    lines = str(ranking()).splitlines()
+    assert [line.split()[0] for line in lines[1:] if not line.startswith("      ")] == ["1", "2", "3", "-"]
+
+
+def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from zipfast.ranking.plots import plot_ranking
+
+    plot_ranking(ranking(), tmp_path / "one.png")
+    plot_ranking(ranking(), tmp_path / "two.png", {"m0": 90.0, "m2": 70.0, "other": 1.0}, "top 1")
+    one, two = ((tmp_path / name).read_bytes() for name in ("one.png", "two.png"))
+    assert one[:4] == two[:4] == b"\x89PNG" and int.from_bytes(two[16:20], "big") == 2 * int.from_bytes(
+        one[16:20], "big"
+    )
+    with pytest.raises(ValueError, match="rank: at least one candidate must have a score for a picture, got none"):
+        plot_ranking(rank(["nowhere.npz"]), tmp_path / "none.png")
+    with pytest.raises(OSError, match=r"cannot write .*a\.png"):
+        plot_ranking(ranking(), tmp_path / "no" / "a.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]

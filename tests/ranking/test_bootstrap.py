@@ -195,7 +195,7 @@ def test_intervals_shrink_as_samples_grow() -> None:
 def test_coverage(threads: Callable[[int], None]) -> None:
     """95 % intervals hold what sets of this size score on average.
 
-    Not what a huge sample scores: the evidence pays about D·ln(N)/2N per sample for its weights, so more samples score
+    Not what a huge sample scores: the evidence pays O(D·ln(N)/N) per sample for its weights, so more samples score
     higher (here by 0.035 at N = 400, with an interval of ±0.045, which 43 of 60 reach).
     """
     threads(1)
@@ -217,7 +217,7 @@ def test_intervals_of_odd_replicates() -> None:
     assert math.isnan(lone.low) and math.isnan(lone.high) and len(lone.replicates) == 1
 
 
-# ------------------------------------------------------------------------------------------------- replicate by replicate
+# --------------------------------------------------------------------------------------------- replicate by replicate
 
 
 def test_first_is_a_share_of_the_replicates() -> None:

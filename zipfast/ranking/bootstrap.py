@@ -100,7 +100,7 @@ class ShardedStats:
 
         A replicate draws S shards with replacement. Some samples are then in it twice, which flatters large D; so the
         replicates are moved to have the estimate as their mean, and only their spread counts.
-        The interval is for the score of so many samples: that of more is higher, by about D·ln(N)/2N for LogME.
+        The interval is for the score of so many samples: that of more is higher, for LogME by O(D·ln(N)/N).
 
         Args:
             score: statistics -> scores by name.

@@ -34,6 +34,7 @@ class Source:
     origin: str
     model: Callable[[], nn.Module] | None = None
     arrays: Callable[[], tuple[Tensor, Any]] | None = None
+    stamp: str = ""  # sizes and dates of its files: a file written anew is another candidate
 
 
 def sources_of(models: Mapping[str, Candidate] | Iterable[str], load: Callable[[str], nn.Module]) -> list[Source]:
@@ -59,6 +60,8 @@ def _named(spec: Any) -> tuple[str, str]:
             f"rank: 'models' must be a mapping of names or a list of texts, got a {type(spec).__name__} in a list"
         )
     name, equals, rest = spec.partition("=")
+    if Path(spec).expanduser().exists():  # a file may have a = in its name
+        return spec, spec
     return (name, rest) if equals and name and "/" not in name else (spec, spec)
 
 
@@ -69,8 +72,8 @@ def _source(name: str, given: Candidate, load: Callable[[str], nn.Module]) -> So
     if isinstance(given, (str, os.PathLike)):
         spec = os.fspath(given)
         if is_features(spec):
-            return Source(name, spec, arrays=lambda: load_features(spec))
-        return Source(name, spec, model=lambda: load(spec))
+            return Source(name, spec, arrays=lambda: load_features(spec), stamp=_stamp(spec))
+        return Source(name, spec, model=lambda: load(spec), stamp=_stamp(spec))
     if isinstance(given, tuple) and len(given) == 2:
         return Source(name, "arrays", arrays=lambda: (as_features("rank", given[0]), given[1]))
     if callable(given):
@@ -79,6 +82,14 @@ def _source(name: str, given: Candidate, load: Callable[[str], nn.Module]) -> So
         f"rank: a candidate must be a text, a torch module, a function that makes one, or (features, labels), "
         f"got {type(given).__name__} for {name!r}"
     )
+
+
+def _stamp(spec: str) -> str:
+    """Sizes and dates of the files that a spec names; empty if it names none."""
+    path = Path(spec.rpartition("@")[2].removeprefix("hf:")).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return " ".join(f"{name}:{size}:{date}" for name, size, date in facts)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

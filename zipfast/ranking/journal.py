@@ -54,7 +54,7 @@ class Journal:
 
     def __init__(self, folder: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> None:
         self.path = None if folder is None else Path(folder) / "journal.jsonl"
-        self.done: dict[tuple[str, str], list[Ranked]] = {}
+        self.done: dict[tuple[str, str, str], list[Ranked]] = {}
         if self.path is None:
             return
         header = {"format": FORMAT, "options": json.loads(json.dumps(options)), "workers": distributed.world_size()}
@@ -65,7 +65,7 @@ class Journal:
             lines = self._read(header)
         for line in distributed.gather(lines)[0]:  # all processes skip the same candidates
             entry = json.loads(line)
-            self.done[entry["name"], entry["origin"]] = [_row(r) for r in entry["rows"]]
+            self.done[entry["name"], entry["origin"], entry["stamp"]] = [_row(r) for r in entry["rows"]]
 
     def _read(self, header: Mapping[str, Any]) -> list[str]:
         assert self.path is not None
@@ -73,14 +73,15 @@ class Journal:
         lines = text[: text.rfind("\n") + 1].splitlines()
         try:
             found = json.loads(lines[0]) if lines else header
-            known = [json.loads(line).keys() >= {"name", "origin", "rows"} for line in lines[1:]]
+            known = [json.loads(line).keys() >= {"name", "origin", "stamp", "rows"} for line in lines[1:]]
         except (ValueError, AttributeError):
             known = [False]
         if not all(known) or not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"rank: {self.path} must be a journal of this version, got another file; remove it")
         if found != header:
             old, new = found.get("options", {}), header["options"]
-            other = next((key for key in new if old.get(key) != new[key]), "workers")
+            differ = [key for key in new if old.get(key) != new[key]]
+            other = "workers" if found.get("workers") != header["workers"] or not differ else differ[0]
             raise ValueError(
                 f"rank: 'out' must be a folder for these options, got one with another '{other}' "
                 f"({old.get(other, found.get(other))!r}, now {new.get(other, header.get(other))!r}); "
@@ -94,16 +95,15 @@ class Journal:
 
     def rows_of(self, source: Source) -> list[Ranked] | None:
         """The rows of a candidate that is finished. Arrays in memory have no lasting name: they are scored again."""
-        return None if source.origin == "arrays" else self.done.get((source.name, source.origin))
+        return None if source.origin == "arrays" else self.done.get((source.name, source.origin, source.stamp))
 
     def add(self, source: Source, rows: Sequence[Ranked]) -> None:
         """Failed candidates are left out, to be tried again."""
         if self.path is None or distributed.rank() > 0 or any(row.error is not None for row in rows):
             return
         with open(self.path, "a") as file:
-            file.write(
-                json.dumps({"name": source.name, "origin": source.origin, "rows": [asdict(r) for r in rows]}) + "\n"
-            )
+            entry = {"name": source.name, "origin": source.origin, "stamp": source.stamp}
+            file.write(json.dumps({**entry, "rows": [asdict(r) for r in rows]}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -106,8 +106,6 @@ class Basis:
             cross, square = self._cross(targets, max(classes or 0, targets.outputs))
             crosses.append(cross)
             squares.append(square)
-        if not crosses:
-            return []
         # One product with V for all label sets.
         projected = spectrum.project(torch.cat(crosses, 1)).split([c.shape[1] for c in crosses], 1)
         return ev.solve(

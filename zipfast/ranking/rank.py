@@ -352,9 +352,8 @@ class _Job:
         if found.no_signal:
             notes.append(f"{len(found.no_signal)} of {total.outputs} outputs have no signal in these features")
         if found.perfect:
-            notes.append(
-                f"{len(found.perfect)} of {total.outputs} outputs are fitted to rounding: N is too small for D"
-            )
+            which = f"{len(found.perfect)} of {total.outputs} outputs"
+            notes.append(f"{which} are fitted up to rounding: N is too small for D, or they are linear in the features")
 
         def one_pass(stats: FeatureStats) -> dict[str, float]:
             scores = {}
