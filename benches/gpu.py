@@ -32,6 +32,15 @@ import zipfast
 TAIL = 4000
 SANITIZER_FOUND = 9  # --error-exitcode: tells a finding of the tool from a tool that could not work
 OK = "ok"
+BENCHES = (  # seconds
+    ("moments", 120),
+    ("zip_match", 60),
+    ("regroup", 30),
+    ("evidence", 45),
+    ("blend", 45),
+    ("multidot", 30),
+    ("gram", 30),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +120,7 @@ def steps() -> list[Step]:
         # As scripts: a machine that only lends its GPU need not have pytest-benchmark.
         *[
             Step(f"bench {op}", budget, [*python, str(here.parent / f"bench_{op}.py"), "--device", "cuda"], judge_exit)
-            for op, budget in (("moments", 120), ("zip_match", 60), ("regroup", 30), ("evidence", 45))
+            for op, budget in BENCHES
         ],
         # Results beside the committed ones belong on the committed page; others get a page of their own.
         Step("report", 20, [*python, str(here.parent / "report.py"), "--page", str(page)], judge_exit),
@@ -175,7 +184,34 @@ def touch() -> None:
             ours = zipfast.ops.evidence([sigma.cuda()], [t.cuda() for t in offs], [z.cuda()], [square.cuda()], *options)
             torch.testing.assert_close(ours[0].cpu(), wanted[0], rtol=1e-7, atol=1e-10)
             torch.testing.assert_close(ours[2].cpu(), wanted[2], rtol=1e-6, atol=1e-9)
+
+    touch_soups(generator)
     print("touched every op")
+
+
+def touch_soups(generator: torch.Generator) -> None:
+    """blend_, multidot and gram, on tensors of several blocks and lists of several launches."""
+    from peers import by_reference
+
+    models, sizes = 7, [20_000, 8192, 0, 1, 100] + [33] * 300
+    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    x = [torch.randn(n, generator=generator).to(kinds[(i + n) % 4]) for i in range(models) for n in sizes]
+    x[0][9000] = torch.nan
+    weight = torch.randn(models, len(sizes), generator=generator, dtype=torch.float64)
+
+    def blended(device: str) -> list[torch.Tensor]:
+        out = [torch.empty(n, dtype=(torch.float32, torch.bfloat16)[n % 2], device=device) for n in sizes]
+        bad = torch.full((models + 1, len(sizes)), torch.iinfo(torch.int64).max, device=device)
+        zipfast.ops.blend_(out, bad, [t.to(device) for t in x], weight.to(device))
+        return [t.cpu() for t in (*out, bad)]
+
+    for ours, theirs in zip(blended("cuda"), by_reference(lambda: blended("cpu"))(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+    x[0][9000] = 1.0
+    on_gpu, count = [t.cuda() for t in x], len(sizes)
+    for call in (lambda x: zipfast.ops.multidot(x[:count], x), lambda x: zipfast.ops.gram(x, models, x[:count])):
+        torch.testing.assert_close(call(on_gpu).cpu(), by_reference(partial(call, x))(), rtol=1e-9, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------------ running

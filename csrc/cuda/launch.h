@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launchers of the CUDA kernels: plain pointers and a stream, no torch types, implemented in the .cu files.  Arguments
 // of a list op travel by value in one struct, so that one launch serves many spaces and no descriptor is copied to the
-// device (which would break graph capture).  Kernel arguments are limited to 4 KB; the glue cuts longer lists into
-// launches.
+// device (which would break graph capture).  Kernel arguments are limited in size (4 KB, since CUDA 12.1 32 KB); the
+// glue cuts longer lists into launches.
 #pragma once
 #ifdef ZF_EMU
 #include "../emu/cuda_emu.h"
@@ -15,6 +15,73 @@
 #include "rule.h"
 
 namespace zipfast::cuda {
+
+// --- blend_, multidot, gram
+// ------------------------------------------------------------------------------------------- Lists of tensors of k
+// models. Pointers travel in the kernel's arguments (32 KB since CUDA 12.1); the glue cuts longer lists into launches.
+constexpr int kSoupPointers = 1536, kSoupTensors = 256;
+#ifdef ZF_EMU
+constexpr int kSoupThreads = 32;
+constexpr long long kSoupPiece = 96;  // small: tests are to see several pieces
+#else
+constexpr int kSoupThreads = 256;
+constexpr long long kSoupPiece = 8192;
+#endif
+
+struct SoupTensor {
+  long long size, first;  // elements; first of its ceil(size / kSoupPiece) blocks
+};
+struct SoupList {
+  const void* x[kSoupPointers];  // [tensors, models]
+  SoupTensor tensor[kSoupTensors];
+  uint8_t dtype[kSoupPointers];
+  int models, tensors;
+  int stride, column;  // tensors of the whole call, and which of them is the first here
+  long long blocks;
+};
+struct SoupPlace {
+  int tensor;
+  long long begin, end;  // elements
+};
+ZF_HD inline SoupPlace soup_place(const SoupList& list, long long block) {
+  int low = 0, high = list.tensors - 1;  // the last tensor whose first block is at or before this one
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (list.tensor[middle].first <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  const long long begin = (block - list.tensor[low].first) * kSoupPiece, size = list.tensor[low].size;
+  return {low, begin, begin + kSoupPiece < size ? begin + kSoupPiece : size};
+}
+
+struct BlendJob {
+  SoupList list;
+  void* out[kSoupTensors];
+  const double* weight;  // [models, stride]
+  long long* bad;        // [models + 1, stride]
+  uint8_t target[kSoupTensors], wide[kSoupTensors];
+};
+cudaError_t blend(const BlendJob& job, cudaStream_t stream);
+
+struct MultidotJob {
+  SoupList list;
+  const void* g[kSoupTensors];
+  double* part;  // [blocks, models]
+  double* out;   // [models, stride]
+  uint8_t g_dtype[kSoupTensors];
+};
+cudaError_t multidot(const MultidotJob& job, cudaStream_t stream);
+
+struct GramJob {
+  SoupList list;
+  const void* base[kSoupTensors];  // null: zeros
+  double* part;                    // [blocks, models, models]
+  double* out;                     // [stride, models, models]
+  uint8_t base_dtype[kSoupTensors], wide[kSoupTensors];
+};
+cudaError_t gram(const GramJob& job, cudaStream_t stream);
 
 // --- evidence
 // ---------------------------------------------------------------------------------------------------------

@@ -117,6 +117,44 @@ def evidence(mode: int, tridiagonal: bool) -> Callable[[list[Tensor]], list[Tens
     return call
 
 
+SOUP = [4096, 33, 20_000, 1]  # sizes of the tensors of one model
+
+
+def soup(models: int, dtype: torch.dtype) -> Callable[[int], list[Tensor]]:
+    def make(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(n, generator=generator).to(dtype) for _ in range(models) for n in SOUP]
+
+    return make
+
+
+def blended(x: list[Tensor]) -> list[Tensor]:
+    """Weights that carry some sums beyond float16: the first place of each tensor is a result, too."""
+    models, device = len(x) // len(SOUP), x[0].device
+    out = [torch.empty(n, dtype=torch.float16, device=device) for n in SOUP]
+    bad = torch.full((models + 1, len(SOUP)), NO_BAD_VALUE, device=device)
+    zipfast.ops.blend_(out, bad, x, torch.full((models, len(SOUP)), 3e4, dtype=torch.float64, device=device))
+    return [*out, bad]
+
+
+def running(x: list[Tensor]) -> list[Tensor]:
+    """In place: the sum is its own first input, in several calls that must follow one another."""
+    total, count = [t.clone() for t in x[: len(SOUP)]], len(SOUP)
+    bad = torch.full((3, count), NO_BAD_VALUE, device=x[0].device)
+    weight = torch.full((2, count), 0.75, dtype=torch.float64, device=x[0].device)
+    for at in range(count, len(x), count):
+        zipfast.ops.blend_(total, bad, [*total, *x[at : at + count]], weight)
+    return [*total, bad]
+
+
+def dots(x: list[Tensor]) -> list[Tensor]:
+    return [zipfast.ops.multidot(x[: len(SOUP)], x)]
+
+
+def grams(x: list[Tensor]) -> list[Tensor]:
+    return [zipfast.ops.gram(x, len(x) // len(SOUP), []), zipfast.ops.gram(x, len(x) // len(SOUP), x[: len(SOUP)])]
+
+
 OPS = [
     Op("moments, few features", moments_inputs(32, 16, torch.float32), moments, exact=False),
     Op("moments, many features", moments_inputs(320, 7, torch.float32), moments, exact=False),
@@ -126,6 +164,10 @@ OPS = [
     Op("regroup", regroup_inputs, regrouped),
     Op("evidence, reference", spectrum, evidence(0, False), exact=False, rounding=(1e-9, 1e-12)),
     Op("evidence, exact, tridiagonal", spectrum, evidence(2, True), exact=False, rounding=(1e-7, 1e-10)),
+    Op("blend", soup(8, torch.float32), blended),
+    Op("blend, in place", soup(5, torch.bfloat16), running),
+    Op("multidot", soup(16, torch.float32), dots, exact=False, rounding=(1e-11, 1e-9)),
+    Op("gram", soup(9, torch.float16), grams, exact=False, rounding=(1e-11, 1e-9)),
 ]
 
 

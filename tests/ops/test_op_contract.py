@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zipfast
 from zipfast.ops import OPS
+from zipfast.ops.blend import FINITE
 from zipfast.ops.moments import NO_BAD_VALUE
 
 
@@ -22,6 +23,9 @@ def accumulators(*features: int, models: int, device: str) -> tuple[list, list, 
         [torch.zeros(f, dtype=torch.float64, device=device) for f in features],
         [torch.full((models,), NO_BAD_VALUE, device=device) for _ in features],
     )
+
+
+HALVES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def moments_samples(device: str, grad: bool) -> Iterator[tuple]:
@@ -62,12 +66,40 @@ def evidence_samples(device: str, grad: bool) -> Iterator[tuple]:
     yield [sigma + 1], [off], [z], [square], [9], [4], 2, 1e-10, 100, 0.0, 1e-10, True
 
 
+def blend_samples(device: str, grad: bool) -> Iterator[tuple]:
+    x = [torch.randn(s, device=device).to(d).requires_grad_(grad) for d in HALVES for s in ((3, 4), (5,))]
+    out = [torch.zeros(3, 4, device=device), torch.zeros(5, device=device, dtype=torch.bfloat16)]
+    bad = torch.full((len(HALVES) + 1, 2), FINITE, device=device)
+    yield out, bad, x, torch.rand(len(HALVES), 2, device=device, dtype=torch.float64)
+    y = torch.tensor([1.0, torch.nan, 3e38, -2.0], device=device, requires_grad=grad)
+    yield [torch.zeros(4, device=device)], bad[:3, :1].clone(), [y, y], torch.ones(2, 1, device=device).double()
+    z = torch.randn(4, 3, device=device, dtype=torch.float64, requires_grad=grad).T
+    yield [torch.zeros(3, 4, device=device)], bad[:2, :1].clone(), [z], torch.ones(1, 1, device=device).double()
+
+
+def multidot_samples(device: str, grad: bool) -> Iterator[tuple]:
+    g = [torch.randn(3, 4, device=device, requires_grad=grad), torch.randn((), device=device)]
+    yield g, [torch.randn(s, device=device).to(d).requires_grad_(grad) for d in HALVES for s in ((3, 4), ())]
+    yield [g[0].T.double()], [g[0].T, g[0].T.half()]
+
+
+def gram_samples(device: str, grad: bool) -> Iterator[tuple]:
+    x = [torch.randn(s, device=device).to(d).requires_grad_(grad) for d in HALVES for s in ((3, 4), ())]
+    yield x, len(HALVES), []
+    yield x, len(HALVES), [torch.randn(3, 4, device=device, requires_grad=grad).bfloat16(), x[1]]
+    yield [x[0].T, x[0].T.double()], 2, [x[0].T]
+
+
 SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "moments_": moments_samples,
     "zip_match": zip_match_samples,
     "regroup": regroup_samples,
     "evidence": evidence_samples,
+    "blend_": blend_samples,
+    "multidot": multidot_samples,
+    "gram": gram_samples,
 }
+WRITTEN = {"moments_": 3, "blend_": 2}  # the first arguments, in place
 NO_GPU = pytest.mark.skipif(not zipfast.available("cuda"), reason=str(zipfast.ops.why_not("cuda")))
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
 
@@ -120,7 +152,7 @@ def test_compiles_without_graph_break(name: str, device: str) -> None:
         same(outcome(compiled, args), outcome(op, args))
 
 
-@pytest.mark.parametrize("name", ["moments_", "regroup"])
+@pytest.mark.parametrize("name", ["moments_", "regroup", "blend_", "multidot", "gram"])
 def test_compiles_under_an_override(name: str) -> None:
     op = OPS[name]
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
@@ -217,7 +249,7 @@ def test_outputs_never_require_grad(name: str, backend: str, device: str) -> Non
     for args in SAMPLES[name](device, True):
         got = OPS[name](*args)
         assert not any(v.requires_grad for v in flat(got) if v is not None)
-        assert not any(v.requires_grad for v in flat(args[:3]) if name == "moments_")
+        assert not any(v.requires_grad for v in flat(args[: WRITTEN.get(name, 0)]))
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))

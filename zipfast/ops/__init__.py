@@ -2,9 +2,24 @@
 """The operators.  One file per op: schema, contract, reference, fake kernel; docs/ops.md has a row for each."""
 
 from ._registry import OPS, available, backend, why_not
+from .blend import blend_
 from .evidence import evidence
+from .gram import gram
 from .moments import moments_
+from .multidot import multidot
 from .regroup import regroup
 from .zip_match import zip_match
 
-__all__ = ["OPS", "available", "backend", "evidence", "moments_", "regroup", "why_not", "zip_match"]
+__all__ = [
+    "OPS",
+    "available",
+    "backend",
+    "blend_",
+    "evidence",
+    "gram",
+    "moments_",
+    "multidot",
+    "regroup",
+    "why_not",
+    "zip_match",
+]
