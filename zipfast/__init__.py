@@ -6,7 +6,7 @@
 True
 """
 
-from . import checkpoint, compat, features, merging, ops, ranking, zoo
+from . import checkpoint, compat, features, merging, ops, ranking, soups, states, zoo
 from ._version import __version__
 from .merging import (
     Groups,
@@ -26,6 +26,7 @@ from .merging import (
 )
 from .ops import _loader, available, backend
 from .ranking import Basis, FeatureStats, LogME, LogMEMonitor, logme, rank
+from .soups import LearnedSoup, greedy_soup, uniform_soup, wise_ft
 
 _loader.load_all()
 
@@ -33,6 +34,7 @@ __all__ = [
     "Basis",
     "FeatureStats",
     "Groups",
+    "LearnedSoup",
     "LogME",
     "LogMEMonitor",
     "LogitEnsemble",
@@ -50,6 +52,7 @@ __all__ = [
     "extend",
     "features",
     "find_spaces",
+    "greedy_soup",
     "logme",
     "match",
     "match_permutation",
@@ -59,5 +62,9 @@ __all__ = [
     "rank",
     "ranking",
     "reestimate_batchnorm",
+    "soups",
+    "states",
+    "uniform_soup",
+    "wise_ft",
     "zoo",
 ]

@@ -14,7 +14,9 @@ from typing import Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for bad input (one sentence on stderr), 2 for bad usage."""
-    parser = argparse.ArgumentParser(prog="zipfast", description="Merge and rank trained networks without training.")
+    parser = argparse.ArgumentParser(
+        prog="zipfast", description="Merge, rank and average trained networks without training."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     info = commands.add_parser("info", help="versions, and which backends can be used here and why not")
@@ -32,11 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = "rank pre-trained models for labelled data (LogME and others), without fine-tuning"
     rank = commands.add_parser("rank", help=about, allow_abbrev=False)
 
+    about = "average fine-tuned checkpoints into one better model (uniform, greedy, learned), or say why not"
+    soup = commands.add_parser("soup", help=about, allow_abbrev=False)
+
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["zip"]:
         return _command(zip_, "zip", given[1:])
     if given[:1] == ["rank"]:
         return _command(rank, "rank", given[1:])
+    if given[:1] == ["soup"]:
+        return _command(soup, "soup", given[1:])
     args = parser.parse_args(given)
     try:
         return _info(args) if args.command == "info" else _demo(args)

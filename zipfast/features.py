@@ -74,6 +74,18 @@ def device_of(state: Mapping[str, Tensor] | nn.Module) -> torch.device:
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module's mode is what it was."""
+    training = {part: part.training for part in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, was in training.items():
+            part.training = was
+
+
+@contextmanager
 def capture(module: nn.Module, names: Iterable[str], *, inputs: bool = False) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs (or first inputs) of submodules of every forward call inside the block.
 

@@ -121,7 +121,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     early.add_argument("--config")
     config = early.parse_known_args(list(argv))[0].config
     if config is not None:
-        values = read_yaml(config)
+        translate = parser.get_default("_translate")  # a command may read the files of other tools
+        values = translate(read_yaml(config)) if translate else read_yaml(config)
         actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
         lists: dict[str, Any] = {}
         for key, value in values.items():

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..features import batch_inputs, batch_labels, device_of, output_tensor
+from ..features import batch_inputs, batch_labels, device_of, evaluating, output_tensor
 from ..sources import CHECKPOINTS, load_model
 
 POOLS = ("auto", "mean", "first", "last", "max", "channels_first", "channels_last")
@@ -114,7 +114,7 @@ class Extractor:
     def __call__(self, batch: Any) -> dict[str, Tensor]:
         args, kwargs, rows = self._inputs(batch)
         self.logits = None
-        with torch.inference_mode(False), torch.no_grad(), _evaluating(self.model):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model):
             if self._layers is not None:
                 return self._outputs(self._layers, rows, args, kwargs)
             raw = self._timm(args, kwargs) if _is_timm(self.model) else self._pre_logits(args, kwargs)
@@ -376,17 +376,6 @@ def _reduced(x: Tensor, kind: str, keep: Tensor | None) -> Tensor:
     order = torch.arange(1, x.shape[1] + 1, device=x.device)
     at = (keep * (order if kind == "last" else order.flip(0))).argmax(1)
     return x[torch.arange(len(x), device=x.device), at]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 @contextmanager

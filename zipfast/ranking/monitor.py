@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..features import evaluating
 from . import evidence as ev
 from .candidates import labelled
 from .extract import Extractor
@@ -101,22 +102,16 @@ class LogMEMonitor:
 
     def score(self, model: nn.Module) -> float:
         """The score of a model, without counting it."""
-        training = {module: module.training for module in model.modules()}
         stats = FeatureStats(self.task, name="LogMEMonitor")
-        try:
-            model.eval()
+        with evaluating(model), torch.no_grad():
             extractor = None if self.features else Extractor(model, layers=self.layers, pool=self.pool)
-            with torch.no_grad():
-                for inputs, labels in labelled(self.batches):
-                    if self.features is not None:
-                        x = self.features(model, inputs)
-                    else:
-                        assert extractor is not None
-                        x = next(iter(extractor(inputs).values()))
-                    stats.update(x, labels)
-        finally:
-            for module, was in training.items():
-                module.training = was
+            for inputs, labels in labelled(self.batches):
+                if self.features is not None:
+                    x = self.features(model, inputs)
+                else:
+                    assert extractor is not None
+                    x = next(iter(extractor(inputs).values()))
+                stats.update(x, labels)
         return stats.evidence(self.mode).score
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, distributed
+from ..features import evaluating
 from . import evidence as ev
 from .agreement import Agreement, agreement
 from .bootstrap import Interval, ShardedStats
@@ -291,9 +292,8 @@ class _Job:
         kept: dict[str, list[Tensor]] = {}
         labels: list[Tensor] = []
         logits: list[Tensor] = []
-        training = {m: m.training for m in model.modules()}
-        try:
-            extractor = Extractor(model.eval(), layers=self.options["layers"], pool=self.options["pool"])
+        with evaluating(model):
+            extractor = Extractor(model, layers=self.options["layers"], pool=self.options["pool"])
             for number, (inputs, y) in enumerate(labelled(islice(self.batches, self.options["max_batches"]))):
                 with torch.no_grad():
                     found = extractor(inputs)
@@ -308,9 +308,6 @@ class _Job:
                     logits.append(extractor.logits.float().cpu())
                 if self.progress is not None:
                     self.progress("batches", number + 1)
-        finally:
-            for module, was in training.items():
-                module.training = was
         if not labels and distributed.world_size() == 1:
             raise ValueError("rank: 'batches' must hold at least one batch, got none; can they be read more than once?")
         rows = []

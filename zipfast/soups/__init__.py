@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model soups: one better model from many fine-tuned ones, in the memory of one.
+
+mix (what fits together, the streamed weighted sum) · recipes (uniform, greedy, WiSE-FT) · learned · ensemble (logits, ECE) ·
+geometry (angles, barriers, planes) · evaluator · diagnosis · plots. Checkpoints are read by `zipfast.states`.
+"""
+
+from .diagnosis import Diagnosis, diagnose
+from .ensemble import GreedyEnsemble, accuracy_of, ece, greedy_ensemble, logit_ensemble
+from .evaluator import Evaluator
+from .geometry import Barrier, Geometry, Plane, barrier, geometry, plane, soup_minus_ensemble
+from .learned import LearnedSoup
+from .mix import Layout, layout_of, mix
+from .recipes import Soup, Tried, greedy_soup, uniform_soup, wise_ft
+
+__all__ = [
+    "Barrier",
+    "Diagnosis",
+    "Evaluator",
+    "Geometry",
+    "GreedyEnsemble",
+    "Layout",
+    "LearnedSoup",
+    "Plane",
+    "Soup",
+    "Tried",
+    "accuracy_of",
+    "barrier",
+    "diagnose",
+    "ece",
+    "geometry",
+    "greedy_ensemble",
+    "greedy_soup",
+    "layout_of",
+    "logit_ensemble",
+    "mix",
+    "plane",
+    "soup_minus_ensemble",
+    "uniform_soup",
+    "wise_ft",
+]
