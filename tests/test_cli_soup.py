@@ -150,7 +150,10 @@ def test_ensemble(soup) -> None:
 
 def test_geometry_names_what_is_wrong(soup) -> None:
     status, out, _ = soup("geometry", *MODELS, "--base", "base.safetensors", *HELD)
-    assert status == 0 and "cosines" in out and "different starts" not in out
+    assert status == 0 and "cosines" in out and "different starts" not in out and out.count(" degrees ") == 3
+    status, out, _ = soup("geometry", *MODELS[:2], "--base", "base.safetensors", *HELD, "--plots", "pictures", "--json")
+    assert len(json.loads(out)["plane"]["scores"]) == 9 and json.loads(out)["advantages"][0]["angle"] > 0
+    assert {file.name for file in Path("pictures").iterdir()} == {"line.png", "plane.png"}
     status, out, _ = soup("geometry", MODELS[0], "other.safetensors", "--json")
     found = json.loads(out)
     assert "look trained from different starts" in found["problems"][0] and found["geometry"]["cosines"][0][1] < 0.7

@@ -17,12 +17,14 @@ from ..features import batch_inputs, batch_labels, device_of, evaluating, output
 from ..soups import (
     LearnedSoup,
     accuracy_of,
+    advantages,
     ece,
     greedy_ensemble,
     greedy_soup,
     layout_of,
     logit_ensemble,
     mix,
+    plane,
     uniform_soup,
     wise_ft,
 )
@@ -278,7 +280,32 @@ def _geometry(
         g = found.geometry
         result["geometry"] = {name: getattr(g, name).tolist() for name in ("norms", "cosines", "distances")}
     result["barriers"] = [vars(barrier) for barrier in found.barriers]
-    return str(found)
+    lines, held_out = [str(found)], evaluators.get("held-out")
+    if found.geometry is None or held_out is None:
+        return "\n".join(lines)
+    if base is not None and len(states) > 1:
+        gained = advantages(states, base, held_out, exclude=args.exclude)
+        result["advantages"] = [vars(one) for one in gained]
+        lines.append("angle of two models, and what their average gains over the mean of both:")
+        lines += [
+            f"  {a.angle:5.1f} degrees {a.advantage:+7.2f}  {states[a.first].name}, {states[a.second].name}"
+            for a in gained
+        ]
+    if args.plots is not None and found.barriers:
+        from ..soups.plots import plot_curve, plot_plane
+
+        first = found.barriers[0]
+        plot_curve(first.alphas, first.scores, Path(args.plots) / "line.png")
+        if base is not None and len(states) > 1:
+            seen = plane(base, states[0], states[1], held_out, size=9, progress=progress)
+            result["plane"] = {
+                "x": list(seen.x),
+                "y": list(seen.y),
+                "scores": seen.scores.tolist(),
+                "points": list(seen.points),
+            }
+            plot_plane(seen, Path(args.plots) / "plane.png")
+    return "\n".join(lines)
 
 
 ACT: dict[str, Callable[..., str]] = {

@@ -8,12 +8,13 @@ geometry (angles, barriers, planes) · evaluator · diagnosis · plots. Checkpoi
 from .diagnosis import Diagnosis, diagnose
 from .ensemble import GreedyEnsemble, accuracy_of, ece, greedy_ensemble, logit_ensemble
 from .evaluator import Evaluator
-from .geometry import Barrier, Geometry, Plane, barrier, geometry, plane, soup_minus_ensemble
+from .geometry import Advantage, Barrier, Geometry, Plane, advantages, barrier, geometry, plane, soup_minus_ensemble
 from .learned import LearnedSoup
 from .mix import Layout, layout_of, mix
 from .recipes import Soup, Tried, greedy_soup, uniform_soup, wise_ft
 
 __all__ = [
+    "Advantage",
     "Barrier",
     "Diagnosis",
     "Evaluator",
@@ -25,6 +26,7 @@ __all__ = [
     "Soup",
     "Tried",
     "accuracy_of",
+    "advantages",
     "barrier",
     "diagnose",
     "ece",

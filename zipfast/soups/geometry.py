@@ -154,6 +154,45 @@ def barrier(a: Any, b: Any, evaluate: Evaluate, *, points: int = 11, **options: 
 
 
 @dataclass(frozen=True)
+class Advantage:
+    """Of the middle of two models over the mean of both, with the angle between their task vectors, in degrees."""
+
+    first: int
+    second: int
+    angle: float
+    advantage: float
+
+
+def advantages(sources: Sequence[Any], base: Any, evaluate: Evaluate, *, exclude: str | None = None) -> list[Advantage]:
+    """Does averaging two models pay, and does it pay more the wider the angle between them?
+
+    Args:
+        sources: k checkpoints. base: their start. exclude: as for :func:`geometry`.
+        evaluate: state dict -> score, higher is better.
+
+    Returns:
+        One per pair.
+
+    Cost: k + k·(k - 1)/2 evaluations.
+
+    Reference: Wortsman et al. 2022 (model soups, arXiv 2203.05482), §4, Fig. 3.
+    """
+    states = _open(sources)
+    angles = geometry(states, base, exclude=exclude).cosines.acos().rad2deg()
+    layout = layout_of(states, exclude=exclude, name="advantages")
+    alone = [float(evaluate(state.load())) for state in states]
+    half = torch.full((2,), 0.5, dtype=torch.float64)
+    found = []
+    for i in range(len(states)):
+        for j in range(i + 1, len(states)):
+            middle = mix([states[i], states[j]], half, layout=layout, int_policy="first", name="advantages")
+            assert middle is not None
+            gain = float(evaluate(middle)) - (alone[i] + alone[j]) / 2
+            found.append(Advantage(i, j, float(angles[i, j]), gain))
+    return found
+
+
+@dataclass(frozen=True)
 class Plane:
     """Scores on the plane through three models.
 

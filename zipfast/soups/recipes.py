@@ -26,13 +26,17 @@ TIES = ("first", "reference")
 
 @dataclass(frozen=True)
 class Tried:
-    """One ingredient of a greedy soup: what the soup scored with it, and whether it stayed."""
+    """One ingredient of a greedy soup: what the soup scored with it, the best so far, and whether it stayed.
+
+    Not exact: the evaluation was stopped where the best was out of reach; the score is what it could have been at most.
+    """
 
     model: int
     name: str
     score: float
     best: float
     accepted: bool
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,8 @@ def greedy_soup(
 
     Args:
         sources: k checkpoints, as for :func:`uniform_soup`.
-        evaluate: state dict -> held-out score, higher is better; it may load the tensors, but not write to them.
+        evaluate: state dict -> held-out score, higher is better; it may load the tensors, but not write to them. A
+            :class:`zipfast.soups.Evaluator` stops early where a model cannot be accepted any more.
         scores: of the single models, if known; else each is evaluated.
         accept: ``"gt"``: a model stays if the score rises (the released code, and its published numbers); ``"ge"``: if it
             does not fall (the paper's listing).
@@ -222,9 +227,11 @@ def greedy_soup(
     for number, i in enumerate(ranked[1:], 2):
         members = [*soup, i]
         chosen = [states[m] for m in members]
-        found = memory.score(members, partial(_evaluated, evaluate, chosen, layout, int_policy))
+        found, exact = memory.score(
+            members, partial(_evaluated, evaluate, chosen, layout, int_policy), score, accept == "ge"
+        )
         stays = found > score or (accept == "ge" and found == score)
-        tried.append(Tried(i, states[i].name, found, score, stays))
+        tried.append(Tried(i, states[i].name, found, score, stays, exact))
         if stays:
             soup, score = members, found
         if progress is not None:
@@ -243,15 +250,20 @@ def greedy_soup(
     return Soup("greedy", tuple(weights.tolist()), names, state, path, score, tuple(alone), tuple(tried), notes)
 
 
-def _evaluated(evaluate: Evaluate, members: Sequence[State], layout: Layout, int_policy: str) -> float:
+def _evaluated(
+    evaluate: Evaluate, members: Sequence[State], layout: Layout, int_policy: str, need: float | None, equal: bool
+) -> tuple[float, bool]:
+    """The score of an average, and whether it is exact: an evaluator that can stops where `need` is out of reach."""
     column = weights_of(None, len(members), normalize=False, name="greedy_soup")
     state = mix(members, column, layout=layout, int_policy=int_policy, name="greedy_soup")
     assert state is not None
-    return evaluate(state)
+    if need is not None and hasattr(evaluate, "at_most"):
+        return evaluate.at_most(state, need, equal=equal)
+    return evaluate(state), True
 
 
-def _evaluated_alone(evaluate: Evaluate, state: State) -> float:
-    return evaluate(state.load())
+def _evaluated_alone(evaluate: Evaluate, state: State, need: float | None, equal: bool) -> tuple[float, bool]:
+    return evaluate(state.load()), True
 
 
 def _scores(
@@ -268,7 +280,7 @@ def _scores(
         return found
     found = []
     for i, state in enumerate(states):
-        found.append(memory.score([i], partial(_evaluated_alone, evaluate, state)))
+        found.append(memory.score([i], partial(_evaluated_alone, evaluate, state))[0])
         if progress is not None:
             progress("models", i + 1)
     return found
@@ -279,7 +291,7 @@ class _Journal:
 
     def __init__(self, path: str | os.PathLike[str] | None, states: Sequence[State]) -> None:
         self.path = None if path is None else Path(path)
-        self.known: dict[str, float] = {}
+        self.known: dict[str, tuple[float, bool]] = {}
         if self.path is None:
             return
         self.prints = [fingerprint(state) for state in states]
@@ -288,32 +300,42 @@ class _Journal:
         try:
             for line in lines:
                 entry = json.loads(line)
-                self.known["+".join(entry["models"])] = float(entry["score"])
+                self.known["+".join(entry["models"])] = float(entry["score"]), not entry.get("at_most", False)
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"greedy_soup: {self.path} must be a journal of soups, got another file ({e})") from None
         if "".join(line + "\n" for line in lines) != text:  # a kill cut the last line off
             with checkpoint.atomic_write(self.path, "w") as file:
                 file.write("".join(line + "\n" for line in lines))
 
-    def score(self, members: Sequence[int], evaluate: Callable[[], float]) -> float:
+    def score(
+        self,
+        members: Sequence[int],
+        evaluate: Callable[[float | None, bool], tuple[float, bool]],
+        need: float | None = None,
+        equal: bool = False,
+    ) -> tuple[float, bool]:
+        """Of the average of these; not exact where it is known to miss `need`, see :meth:`Evaluator.at_most`."""
         if self.path is None:
-            return _checked(evaluate())
+            return _checked(*evaluate(need, equal))
         prints = sorted(self.prints[i] for i in members)
         key = "+".join(prints)
-        if key not in self.known:
-            self.known[key] = _checked(evaluate())
+        found, exact = self.known.get(key, (math.inf, False))
+        misses = need is not None and (found < need or (found == need and not equal))
+        if not exact and not misses:
+            found, exact = self.known[key] = _checked(*evaluate(need, equal))
+            entry = {"models": prints, "score": found, **({} if exact else {"at_most": True})}
             with open(self.path, "a") as file:
-                file.write(json.dumps({"models": prints, "score": self.known[key]}) + "\n")
+                file.write(json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        return self.known[key]
+        return found, exact
 
 
-def _checked(score: float) -> float:
+def _checked(score: float, exact: bool) -> tuple[float, bool]:
     value = float(score)
     if math.isnan(value):
         raise ValueError("greedy_soup: 'evaluate' must return a number, got NaN")
-    return value
+    return value, exact
 
 
 def _open(sources: Sequence[Any]) -> list[State]:
