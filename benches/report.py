@@ -210,9 +210,38 @@ def logme_cost(folder: Path) -> list[str]:
     ]
 
 
+def soup_cost(folder: Path) -> list[str]:
+    """The section on averaging files, from soup_cost.json."""
+    path = folder / "soup_cost.json"
+    if not path.exists():
+        return []
+    d = json.loads(path.read_text())
+    m = d["machine"]
+    peers = [name for name in d["rows"][0]["seconds"] if name != "ours"]
+    rows = []
+    for r in d["rows"]:
+        own = r["seconds"]["ours"]
+        cells = [f"{r['models']} x {r['dtype']}, {r['input_mb']:.0f} MB", f"{own:.2f}"]
+        cells += [f"{r['seconds'][name]:.2f} ({r['seconds'][name] / own:.2f}x)" for name in peers]
+        rows.append([*cells, f"{r['peak_mb'] - r['before_mb']:.0f}"])
+    return [
+        "## A uniform soup of files",
+        "",
+        "```",
+        "python benches/soup_cost.py",
+        "```",
+        "",
+        f"`zipfast.uniform_soup(paths, out=file)` on files in the page cache, {title(m)}, torch {m['torch']}, commit "
+        f"{d['commit'][:12]}, {m['date'][:10]}; medians, seconds, and their ratio to ours. The limit reads every byte once "
+        "and writes the result once.",
+        "",
+        table(["input", "ours", *peers, "our memory, MB"], rows),
+    ]
+
+
 def whole(folder: Path) -> list[str]:
     """The sections on whole systems."""
-    return [*merge_cost(folder), *logme_cost(folder)]
+    return [*merge_cost(folder), *logme_cost(folder), *soup_cost(folder)]
 
 
 def page(documents: list[dict[str, Any]], systems: list[str] | None = None) -> str:

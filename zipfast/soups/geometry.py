@@ -82,7 +82,7 @@ def geometry(
     Raises:
         ValueError: models that do not fit together.
 
-    Cost: every byte read once, k²/2 multiply-adds per number; 64 MB of buffers.
+    Cost: every byte read once, k²/2 multiply-adds per number; 16 MB of buffers.
 
     Example:
         >>> found = geometry([{"w": torch.tensor([3.0, 0.0])}, {"w": torch.tensor([0.0, 4.0])}])
@@ -210,7 +210,7 @@ class Plane:
 
 def plane(
     base: Any, one: Any, two: Any, evaluate: Evaluate, *, size: int = 11, margin: float = 0.2,
-    progress: Callable[[str, int], None] | None = None,
+    progress: Callable[[str, int], None] | None = None, **options: Any,
 ) -> Plane:  # fmt: skip
     """Scores on a grid of the plane through a start and two models fine-tuned from it.
 
@@ -222,6 +222,7 @@ def plane(
         evaluate: state dict -> score.
         size: points along a side. margin: how far the grid goes beyond the models, in parts of their extent.
         progress: called with ("plane", points done).
+        options: include, exclude, out_dtype, as for :func:`zipfast.soups.layout_of`.
 
     Raises:
         ValueError: the three lie on a line.
@@ -233,7 +234,8 @@ def plane(
     if size < 2:
         raise ValueError(f"plane: 'size' must be at least 2, got {size}")
     states = _open([base, one, two])
-    found = geometry(states[1:], states[0]).gram
+    layout = layout_of(states, name="plane", **options)
+    found = geometry(states[1:], states[0], exclude=options.get("exclude")).gram
     first = float(found[0, 0].clamp(min=0).sqrt())
     along = float(found[0, 1]) / first if first else 0.0
     height = float((found[1, 1] - along**2).clamp(min=0).sqrt())
@@ -245,7 +247,6 @@ def plane(
         low, high = min(p[axis] for p in points), max(p[axis] for p in points)
         room = margin * (high - low)
         axes.append(torch.linspace(low - room, high + room, size, dtype=torch.float64).tolist())
-    layout = layout_of(states, name="plane")
     scores = torch.empty(size, size, dtype=torch.float64)
     for i, y in enumerate(axes[1]):
         for j, x in enumerate(axes[0]):
@@ -275,7 +276,7 @@ def soup_minus_ensemble(
     Reference: Wortsman et al. 2022 (model soups, arXiv 2203.05482), §5, eq. 1.
     """
     place = int((alphas - alpha).abs().argmin())
-    if not 0 < place < len(alphas) - 1 or abs(float(alphas[place]) - alpha) > 1e-9:
+    if not 0 < place < len(alphas) - 1 or abs(float(alphas[place]) - alpha) > 1e-6:
         raise ValueError(f"soup_minus_ensemble: 'alpha' must be one of the inner 'alphas', got {alpha}")
     step = float(alphas[1] - alphas[0])
     losses = soup_losses.double()

@@ -78,14 +78,26 @@ class LearnedSoup:
         self.layout = layout_of(self.states, **self.options, name=name)
         self.model, self.loss = model, loss
         self.live = self._live(name)
-        self.keys = [key for key in self.layout.blended if key not in self.layout.ties]
-        self.groups, self.row = _rows(self.keys, granularity, name)
+        # What the model ties is one tensor here, also where the files hold it twice; what only the sources tie shares a row.
+        first: dict[int, str] = {}
+        owner = {key: first.setdefault(id(value), key) for key, value in self.live.items()}
+        self.keys = list(first.values())
+        own = [key for key in self.keys if key not in self.layout.ties]
+        self.groups, self.row = _rows(own, granularity, name)
+        for key in self.live:
+            if key not in self.row:
+                self.row[key] = self.row[owner[key] if owner[key] != key else self.layout.ties[key]]
         self.logits = torch.zeros(len(self.groups), len(self.states), dtype=torch.float64)
         self.beta = nn.Parameter(torch.ones((), dtype=torch.float64), requires_grad=temperature)
         if lr is None:
             lr = 0.1 if len(self.groups) == 1 else 0.05
         learned = [self.logits, self.beta] if temperature else [self.logits]
         self.optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)
+        with torch.no_grad():  # what is not mixed is the first source's, in the model as in the file
+            whole = model.state_dict(keep_vars=True)
+            for key in self.layout.copied:
+                if key in whole and whole[key].shape == self.layout.entries[key].shape:
+                    whole[key].copy_(self.states[0].tensor(key))
         self.blend()
 
     @property
@@ -156,18 +168,23 @@ class LearnedSoup:
         device = device_of(self.model)
         args, kwargs = batch_inputs(batch, device)
         training = {module: module.training for module in self.model.modules()}
+        frozen = [value for value in self.live.values() if isinstance(value, nn.Parameter) and not value.requires_grad]
         try:
             self.model.eval()
+            for value in frozen:  # frozen for training, but part of the mix
+                value.requires_grad_(True)
             self.model.zero_grad(set_to_none=True)
             output = output_tensor(self.model(*args, **kwargs))
             loss = self.loss(self.beta.to(output) * output, labels.to(device))
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"LearnedSoup: the loss must be finite, got {float(loss)}")
+                raise ValueError(f"LearnedSoup: the loss must be finite, got {float(loss.detach())}")
             self.beta.grad = None
             loss.backward()
             dots = self._dots()
         finally:
             self.model.zero_grad(set_to_none=True)
+            for value in frozen:
+                value.requires_grad_(False)
             for module, was in training.items():
                 module.training = was
         alpha = self.alpha
@@ -210,7 +227,7 @@ class LearnedSoup:
         layout = self.layout
         if out_dtype is not None:
             layout = layout_of(self.states, out_dtype=out_dtype, **self.options, name="LearnedSoup")
-        weights = {key: alpha[self.row[layout.ties.get(key, key)]] for key in self.layout.blended}
+        weights = {key: alpha[self.row[key]] for key in self.layout.blended}
         column = alpha.mean(0)
         facts = {**(metadata or {}), **provenance("learned", self.states, column)}
         facts |= {"groups": list(self.groups), "alpha": alpha.tolist(), "beta": float(self.beta.detach())}

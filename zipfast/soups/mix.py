@@ -2,7 +2,7 @@
 """The weighted sum of many checkpoints, in the memory of a few buffers.
 
 Everything that can be wrong is found from the headers, and said in one message, before any data is read. Then pieces of all
-models are read, summed by ``blend_`` and written: k models of any size need 64 MB of buffers and no more.
+models are read, summed by ``blend_`` and written: k models of any size need 16 MB of buffers and no more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..ops import blend_
 from ..ops.blend import FINITE
 from ..states import Entry, State, open_state, writing
 
-BUFFERS = 64 << 20  # bytes, for pieces of all models together
+BUFFERS = 16 << 20  # bytes, for pieces of all models together: they stay in the cache between reading and writing
 SHARD = 5_000_000_000  # bytes, as Hugging Face cuts
 SMALLEST = 16384  # elements of a piece
 SHOWN = 5  # problems of a kind that a message names
@@ -187,19 +187,51 @@ def groups_of(
         yield group
 
 
-def read_group(states: Sequence[State], group: Sequence[Piece]) -> list[Tensor]:
-    """The pieces of all models, those of model 0 first."""
-    return [state.read(piece.key, piece.start, piece.stop) for state in states for piece in group]
+class Arena:
+    """One block of memory, handed out in slices and taken back all at once: no page of it is asked for twice."""
+
+    def __init__(self, size: int) -> None:
+        self.memory, self.used = torch.empty(size, dtype=torch.uint8), 0
+
+    def take(self, dtype: torch.dtype, count: int) -> Tensor:
+        """Room for so many numbers; from elsewhere where the block is full."""
+        begin = -(-self.used // 64) * 64
+        end = begin + count * dtype.itemsize
+        if end > self.memory.numel():
+            return torch.empty(count, dtype=dtype)
+        self.used = end
+        return self.memory[begin:end].view(dtype)
+
+    def reset(self) -> None:
+        """All slices are free again."""
+        self.used = 0
 
 
-def blend_group(states: Sequence[State], group: Sequence[Piece], weight: Tensor, out: list[Tensor], name: str) -> None:
+def read_group(states: Sequence[State], group: Sequence[Piece], arena: Arena | None = None) -> list[Tensor]:
+    """The pieces of all models, those of model 0 first; in the arena, until it is reset."""
+    found = []
+    for state in states:
+        for piece in group:
+            into = None if arena is None else arena.take(state.entries[piece.key].dtype, piece.stop - piece.start)
+            found.append(state.read(piece.key, piece.start, piece.stop, into))
+    return found
+
+
+def blend_group(
+    states: Sequence[State],
+    group: Sequence[Piece],
+    weight: Tensor,
+    out: list[Tensor],
+    name: str,
+    arena: Arena | None = None,
+) -> None:
     """Sum the pieces of all models into `out`; weight [k, pieces].
 
     Raises:
         ValueError: a value that is not finite; file, tensor and place are named.
     """
     bad = torch.full((len(states) + 1, len(group)), FINITE)
-    blend_(out, bad, read_group(states, group), weight)
+    blend_(out, bad, read_group(states, group, arena), weight)
     if bool((bad != FINITE).any()):
         i, j = (int(n) for n in (bad != FINITE).nonzero()[0])
         where = f"{group[j].key!r} at flat index {group[j].start + int(bad[i, j])}"
@@ -236,7 +268,7 @@ def mix(
     Raises:
         ValueError: values that are not finite (file, tensor, place); whole numbers that differ. OSError: no room.
 
-    Cost: every input byte read once, every output byte written once; 64 MB of buffers.
+    Cost: every input byte read once, every output byte written once; 16 MB of buffers.
     """
     if int_policy not in INT_POLICIES:
         raise ValueError(f"{name}: 'int_policy' must be one of {', '.join(INT_POLICIES)}, got {int_policy!r}")
@@ -264,11 +296,12 @@ def _pieces(
     name: str,
 ) -> Iterator[tuple[Piece, Tensor]]:
     """The result, piece by piece."""
-    blended = set(layout.blended)
+    blended, arena = set(layout.blended), Arena(BUFFERS)
     for group in groups_of([key for key in keys if key in blended], layout.entries, len(states)):
         columns = [weights if isinstance(weights, Tensor) else weights[piece.key] for piece in group]
-        result = [torch.empty(piece.stop - piece.start, dtype=layout.entries[piece.key].dtype) for piece in group]
-        blend_group(states, group, torch.stack(columns, 1), result, name)
+        arena.reset()
+        result = [arena.take(layout.entries[piece.key].dtype, piece.stop - piece.start) for piece in group]
+        blend_group(states, group, torch.stack(columns, 1), result, name, arena)
         yield from zip(group, result)
     for key in keys:
         if key not in blended:

@@ -100,7 +100,7 @@ def uniform_soup(
         ValueError: models that do not fit together (all problems in one message), values that are not finite, weights that
             add up to 0. FileNotFoundError, OSError: files.
 
-    Cost: every byte read once and written once, in 64 MB of buffers.
+    Cost: every byte read once and written once, in 16 MB of buffers.
 
     Example:
         >>> one, two = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}
