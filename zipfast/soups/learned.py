@@ -105,6 +105,11 @@ class LearnedSoup:
         """Mixing weights, float64 [groups, k]; each row adds up to 1."""
         return self.logits.softmax(1)
 
+    @property
+    def inverse_temperature(self) -> float:
+        """β: logits of the soup times this are calibrated on the held-out data."""
+        return float(self.beta.detach())
+
     def _live(self, name: str) -> dict[str, Tensor]:
         found = self.model.state_dict(keep_vars=True)
         problems = []
@@ -230,7 +235,7 @@ class LearnedSoup:
         weights = {key: alpha[self.row[key]] for key in self.layout.blended}
         column = alpha.mean(0)
         facts = {**(metadata or {}), **provenance("learned", self.states, column)}
-        facts |= {"groups": list(self.groups), "alpha": alpha.tolist(), "beta": float(self.beta.detach())}
+        facts |= {"groups": list(self.groups), "alpha": alpha.tolist(), "beta": self.inverse_temperature}
         state = mix(
             self.states, weights, layout=layout, out=out, int_policy="first", shard_bytes=shard_bytes, metadata=facts,
             name="LearnedSoup",
