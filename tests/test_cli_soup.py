@@ -229,3 +229,36 @@ def test_models_that_do_not_fit(soup) -> None:
     assert status == 1
     for part in ("wide.safetensors has besides extra", "'3.bias' is [3] in m0.safetensors and [5] in wide.safetensors"):
         assert part in err
+
+
+def test_recalibrated_statistics_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    x, y = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    np.savez("data.npz", x=x.numpy(), y=y.numpy())
+    arguments = {"depth_n": 1, "width": 0.25, "classes": 3}
+    for i in range(2):
+        torch.manual_seed(i)
+        checkpoint.save(f"{i}.safetensors", zoo.resnet(**arguments).state_dict())
+    argv = [
+        "uniform",
+        "0.safetensors",
+        "1.safetensors",
+        "--factory",
+        "zipfast.zoo:resnet",
+        "--quiet",
+        "--data",
+        "data.npz",
+    ]
+    argv += ["--factory-args", json.dumps(arguments), "--recalibrate", "data.npz", "--out"]
+    for out in ("one.safetensors", "many"):
+        assert cli.main(["soup", *argv, out, "--shard-bytes", "4000"]) == 0
+        found = zipfast.states.open_state(out).load()
+        model = zoo.resnet(**arguments)
+        model.load_state_dict(found)
+        zipfast.reestimate_batchnorm(model, [(part,) for part in x.split(32)])
+        for key, value in model.state_dict().items():
+            assert torch.allclose(value.float(), found[key].float(), atol=1e-6) or key.endswith("tracked"), key
+        assert float(found[next(key for key in found if key.endswith("running_mean"))].abs().max()) > 0
+    assert checkpoint.read_metadata("one.safetensors")["recalibrated"] == "data.npz"
+    assert checkpoint.read_metadata("one.safetensors")["recipe"] == "uniform"
+    capsys.readouterr()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import distributed, sources
+from .. import checkpoint, distributed, sources
 from ..features import batch_inputs, batch_labels, device_of, evaluating, output_tensor
 from ..soups import (
     LearnedSoup,
@@ -83,7 +83,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--granularity", choices=("model", "tensor"), default="model", help="for learned")
     how.add_argument("--lr", type=float, help="for learned (default: 0.1, per tensor 0.05)")
     how.add_argument("--epochs", type=int, default=5, help="for learned (default: %(default)s)")
-    how.add_argument("--recalibrate", metavar="SPEC", help="data to re-estimate batch norm on before each evaluation")
+    how.add_argument(
+        "--recalibrate", metavar="SPEC", help="data to re-estimate batch norm on, for scores and in the file"
+    )
     job = parser.add_argument_group("job")
     job.add_argument("--out", metavar="PATH", help=".safetensors, or a folder for shards with an index")
     job.add_argument("--out-dtype", choices=tuple(DTYPES), help="where models differ, or another is wanted")
@@ -184,7 +186,7 @@ def _uniform(args: argparse.Namespace, states: Sequence[State], base: Any, resul
         states, weights=args.weights, normalize=not args.keep_scale, out=args.out, int_policy=args.int_policy,
         shard_bytes=args.shard_bytes, metadata={"provenance": result}, **_choice(args),
     )  # fmt: skip
-    return _told(soup, evaluators, result)
+    return _told(args, soup, evaluators, result)
 
 
 def _greedy(args: argparse.Namespace, states: Sequence[State], base: Any, result: dict[str, Any], progress: Any) -> str:
@@ -199,7 +201,11 @@ def _greedy(args: argparse.Namespace, states: Sequence[State], base: Any, result
         plot_greedy(soup, Path(args.plots) / "greedy.png")
     steps = [f"  {'+' if t.accepted else ' '} {t.score:7.2f}  {t.name}" for t in soup.tried]
     return "\n".join(
-        ["held-out score of the soup with each model, + where it stayed:", *steps, _told(soup, evaluators, result)]
+        [
+            "held-out score of the soup with each model, + where it stayed:",
+            *steps,
+            _told(args, soup, evaluators, result),
+        ]
     )
 
 
@@ -215,7 +221,7 @@ def _learned(
     dtype = None if args.out_dtype is None else DTYPES[args.out_dtype]
     facts = {"provenance": result}
     soup = learned.soup(out=args.out, out_dtype=dtype, shard_bytes=args.shard_bytes, metadata=facts)
-    return _told(soup, evaluators, result)
+    return _told(args, soup, evaluators, result)
 
 
 def _wise(args: argparse.Namespace, states: Sequence[State], base: Any, result: dict[str, Any], progress: Any) -> str:
@@ -354,7 +360,7 @@ def _logits(evaluator: Evaluator) -> tuple[Tensor, Tensor]:
     return torch.cat(found), torch.cat(labels)
 
 
-def _told(soup: Soup, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> str:
+def _told(args: argparse.Namespace, soup: Soup, evaluators: Mapping[str, Evaluator], result: dict[str, Any]) -> str:
     """The result's facts, and accuracies of the soup."""
     result["soup"] = json.loads(json.dumps(soup.to_dict(), default=str))
     lines = [f"{soup.recipe} soup of {len(soup.ingredients)} of {len(soup.names)} models"]
@@ -362,6 +368,13 @@ def _told(soup: Soup, evaluators: Mapping[str, Evaluator], result: dict[str, Any
     if evaluators:
         state = soup.state if soup.path is None else open_state(soup.path).load()
         assert state is not None
+        if args.recalibrate is not None and soup.path is not None:  # the file gets the statistics that were evaluated
+            facts = json.loads(open_state(soup.path).metadata[checkpoint.METADATA_KEY]) | {
+                "recalibrated": args.recalibrate
+            }
+            states = [open_state(next(iter(evaluators.values())).recalibrated(state))]
+            one = torch.ones(1, dtype=torch.float64)
+            mix(states, one, layout=layout_of(states), out=soup.path, shard_bytes=args.shard_bytes, metadata=facts)
         result["accuracy"] = {name: evaluator(state) for name, evaluator in evaluators.items()}
         lines += [f"accuracy on {name}: {value:.2f}%" for name, value in result["accuracy"].items()]
     if soup.path is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..evaluate import accuracy
 from ..features import batch_inputs, batch_labels, device_of, evaluating, output_tensor
 from ..merging import reestimate_batchnorm
+from .mix import RUNNING
 
 
 class Evaluator:
@@ -71,6 +72,15 @@ class Evaluator:
             raise ValueError("Evaluator: 'batches' must hold at least one sample, got none")
         self.total = seen
         return 100 * right / seen, True
+
+    def recalibrated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same weights, with batch-norm statistics re-estimated on `recalibrate`; without it, the state as it is."""
+        self.load(state)
+        own = self.model.state_dict()
+        return {
+            key: own[key].to(value.device, value.dtype, copy=True) if key.rsplit(".", 1)[-1] in RUNNING else value
+            for key, value in state.items()
+        }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put weights into the model, and re-estimate its batch norm where asked to.
