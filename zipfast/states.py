@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -171,9 +172,11 @@ class _Pickle(_Memory):
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except Exception as e:  # torch.load raises whatever the file makes it raise
+            named = re.search(r"GLOBAL ([\w.]+)", str(e))
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
+            why = f"it would run {named[1]}" if named else first
             raise ValueError(
-                f"open_state: {path} cannot be read as plain tensors ({first}); code in a checkpoint is never run: save its "
+                f"open_state: {path} cannot be read as plain tensors ({why}); code in a checkpoint is never run: save its "
                 "state_dict() as .safetensors"
             ) from e
         note = None
