@@ -176,11 +176,13 @@ def sanitize() -> None:
 def races() -> None:
     place = build("tsan", "-DZIPFAST_EMU=ON", "-DZIPFAST_SANITIZE=thread", targets=("emu", "cpu"))
     library = run("g++", "-print-file-name=libtsan.so").strip()
-    # One torch thread: torch's own OpenMP is not built for the sanitizer. The emulator's threads are.
+    # One torch thread, and one of NumPy's and SciPy's BLAS (the oracles): their thread pools are not built for the
+    # sanitizer, which takes their hand-overs for races. The emulator's threads are.
     env = {
         "LD_PRELOAD": library,
         "TSAN_OPTIONS": "halt_on_error=1",
         "ZIPFAST_TEST_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         "ZIPFAST_REQUIRE": "emu",
     }
     # Every kernel on every kind of input; the random loops only repeat them, at 25 times the usual time.
