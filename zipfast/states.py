@@ -173,8 +173,10 @@ class _Pickle(_Memory):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except Exception as e:  # torch.load raises whatever the file makes it raise
             named = re.search(r"GLOBAL ([\w.]+)", str(e))
+            # torch's own first sentence advises to run the file's code; what it met stands behind.
+            met = re.search(r"WeightsUnpickler error: *(.+)", str(e))
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
-            why = f"it would run {named[1]}" if named else first
+            why = f"it would run {named[1]}" if named else met[1] if met else first
             raise ValueError(
                 f"open_state: {path} cannot be read as plain tensors ({why}); code in a checkpoint is never run: save its "
                 "state_dict() as .safetensors"
@@ -343,6 +345,18 @@ class Writer:
             done += os.pwrite(self.file, data[done:], at + done)
 
 
+def check_room(path: str | os.PathLike[str], size: int) -> None:
+    """Fail now where so many bytes would not fit at ``path``.
+
+    Raises:
+        OSError: with the bytes needed and free.
+    """
+    there = os.statvfs(Path(path).parent or ".")
+    free = there.f_bavail * there.f_frsize
+    if size > free:
+        raise OSError(f"cannot write {path}: it needs {size:,} bytes, {free:,} are free")
+
+
 @contextmanager
 def writing(
     path: str | os.PathLike[str], entries: Mapping[str, Entry], metadata: Mapping[str, Any] | None = None
@@ -369,9 +383,7 @@ def writing(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     begin = 8 + len(text)
-    free = os.statvfs(Path(path).parent or ".")
-    if begin + at > free.f_bavail * free.f_frsize:
-        raise OSError(f"cannot write {path}: it needs {begin + at:,} bytes, {free.f_bavail * free.f_frsize:,} are free")
+    check_room(path, begin + at)
     with atomic_path(path) as temporary:
         file = os.open(temporary, os.O_WRONLY)
         try:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,11 @@ from torch import Tensor
 from .. import checkpoint
 from ..ops import blend_
 from ..ops.blend import FINITE
-from ..states import Entry, State, open_state, writing
+from ..states import INDEXES, SINGLES, Entry, State, check_room, open_state, writing
 
 BUFFERS = 16 << 20  # bytes, for pieces of all models together: they stay in the cache between reading and writing
 SHARD = 5_000_000_000  # bytes, as Hugging Face cuts
+SHARDS = "model-*-of-*.safetensors"
 SMALLEST = 16384  # elements of a piece
 SHOWN = 5  # problems of a kind that a message names
 COUNTERS = "num_batches_tracked"
@@ -360,11 +363,11 @@ def _write_shards(
     metadata: Mapping[str, Any] | None,
     name: str,
 ) -> None:
-    """Files one after the other, the index last: a folder without index is not finished."""
+    """All files under other names first, then renamed, the index last: what was there before stays until all is written."""
     if shard_bytes < 1:
         raise ValueError(f"{name}: 'shard_bytes' must be at least 1, got {shard_bytes}")
     checkpoint.check_folder(folder)
-    folder.mkdir(exist_ok=True)
+    check_room(folder, layout.nbytes)
     shards: list[list[str]] = [[]]
     size = 0
     for key in keys:
@@ -374,11 +377,26 @@ def _write_shards(
             size = layout.entries[key].nbytes
         shards[-1].append(key)
     places: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        _write(folder / file, states, weights, layout, shard, int_policy, metadata, name)
-        own = dict.fromkeys(shard, file)
-        places |= own | {a: file for a, b in layout.ties.items() if b in own}
-    if len(shards) > 1:
-        with checkpoint.atomic_write(folder / "model.safetensors.index.json", "w") as index:
-            json.dump({"metadata": {"total_size": layout.nbytes}, "weight_map": places}, index, indent=1)
+    fresh = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".soup.", dir=folder) as temporary:
+            files = []
+            for i, shard in enumerate(shards, 1):
+                file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLES[0]
+                _write(Path(temporary) / file, states, weights, layout, shard, int_policy, metadata, name)
+                own = dict.fromkeys(shard, file)
+                places |= own | {a: file for a, b in layout.ties.items() if b in own}
+                files.append(file)
+            # A reader takes whichever of index and single file it looks for first: none of an earlier model may stay.
+            for old in (folder / INDEXES[0], folder / SINGLES[0], *folder.glob(SHARDS)):
+                old.unlink(missing_ok=True)
+            for file in files:
+                os.replace(Path(temporary) / file, folder / file)
+        if len(shards) > 1:
+            with checkpoint.atomic_write(folder / INDEXES[0], "w") as index:
+                json.dump({"metadata": {"total_size": layout.nbytes}, "weight_map": places}, index, indent=1)
+    except BaseException:
+        if fresh:
+            shutil.rmtree(folder)
+        raise
