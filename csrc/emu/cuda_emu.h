@@ -23,6 +23,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <thread>
 #include <utility>
@@ -49,7 +50,6 @@ using cudaStream_t = void*;
 #ifdef __SANITIZE_THREAD__
 extern "C" {
 void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
 void* __tsan_get_current_fiber();
 void __tsan_switch_to_fiber(void*, unsigned);
 void __tsan_acquire(void*);
@@ -106,6 +106,30 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   void* tsan = nullptr;
 };
+// The fibers of one OS thread, kept from block to block and from launch to launch: under a sanitizer, making one costs
+// more than what it runs.  Blocks of one OS thread follow each other anyway, so this hides no race.
+struct Pool {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+};
+inline std::mutex pools_lock;
+inline std::vector<std::unique_ptr<Pool>> pools;
+inline std::vector<std::unique_ptr<Pool>> borrow(size_t count) {
+  const std::lock_guard<std::mutex> lock(pools_lock);
+  std::vector<std::unique_ptr<Pool>> found;
+  for (size_t i = 0; i < count; ++i) {
+    if (pools.empty()) {
+      found.push_back(std::make_unique<Pool>());
+    } else {
+      found.push_back(std::move(pools.back()));
+      pools.pop_back();
+    }
+  }
+  return found;
+}
+inline void give_back(std::vector<std::unique_ptr<Pool>> found) {
+  const std::lock_guard<std::mutex> lock(pools_lock);
+  for (size_t i = found.size(); i > 0; --i) pools.push_back(std::move(found[i - 1]));
+}
 struct Grid {
   dim3 grid, block;
   size_t smem;
@@ -116,7 +140,7 @@ struct Grid {
 struct Block {
   Grid* g;
   uint3 bid;
-  std::vector<Fiber> f;
+  std::vector<Fiber*> f;
   std::vector<Warp> w;
   std::vector<char> smem;
   ucontext_t sched;
@@ -124,11 +148,16 @@ struct Block {
   unsigned alive = 0, arrived = 0, gen = 0;
   bool progress = false;
   void* tsan = nullptr;
-  char sync[2];
+  char sync[2], start;
   const void* sched_stack = nullptr;
   size_t sched_size = 0;
 };
 inline thread_local Block* blk = nullptr;
+// A fiber may go on in another OS thread at its next block: the address of a thread's variable must be asked for again.
+[[gnu::noinline]] inline Block* block_here() {
+  asm volatile("");
+  return blk;
+}
 
 inline void yield() {
   Block* b = blk;
@@ -139,27 +168,41 @@ inline void yield() {
   EMU_ASAN(__sanitizer_finish_switch_fiber(fs, nullptr, nullptr);)
 }
 inline void entry() {
-  Block* b = blk;
-  EMU_ASAN(__sanitizer_finish_switch_fiber(nullptr, &b->sched_stack, &b->sched_size);)
-  b->g->body();
-  Fiber* me;
-  {
-    EMU_TSAN(EmuIgnore ign; __tsan_release(&b->alive);)
-    me = b->cur;
-    me->done = true;
-    b->progress = true;
-    if (--b->alive == b->arrived && b->alive) {
-      b->arrived = 0;
-      b->gen++;
-    }  // exited threads no longer count
-    Warp& w = b->w[me->linear / 32];
-    w.alive &= ~(1u << (me->linear % 32));
+  EMU_ASAN(void* fs = nullptr;)
+  for (;;) {  // one round is one CUDA thread
+    Block* b = block_here();
+    EMU_ASAN(__sanitizer_finish_switch_fiber(fs, &b->sched_stack, &b->sched_size);)
+    EMU_TSAN(__tsan_acquire(&b->start);)
+    b->g->body();
+    Fiber* me;
+    {
+      EMU_TSAN(EmuIgnore ign; __tsan_release(&b->alive);)
+      me = b->cur;
+      me->done = true;
+      b->progress = true;
+      if (--b->alive == b->arrived && b->alive) {
+        b->arrived = 0;
+        b->gen++;
+      }  // exited threads no longer count
+      Warp& w = b->w[me->linear / 32];
+      w.alive &= ~(1u << (me->linear % 32));
+    }
+    EMU_ASAN(__sanitizer_start_switch_fiber(&fs, b->sched_stack, b->sched_size);)
+    EMU_TSAN(__tsan_switch_to_fiber(b->tsan, 1);)
+    swapcontext(&me->ctx, &b->sched);
   }
-  EMU_ASAN(__sanitizer_start_switch_fiber(nullptr, b->sched_stack, b->sched_size);)
-  EMU_TSAN(__tsan_switch_to_fiber(b->tsan, 1);)
-  swapcontext(&me->ctx, &b->sched);
 }
-inline void run_block(Grid* g, uint3 bid) {
+inline Fiber* make_fiber() {
+  auto* f = new Fiber;
+  getcontext(&f->ctx);
+  f->ctx.uc_stack.ss_sp = f->stack.get();
+  f->ctx.uc_stack.ss_size = kStack;
+  f->ctx.uc_link = nullptr;
+  makecontext(&f->ctx, entry, 0);
+  EMU_TSAN(f->tsan = __tsan_create_fiber(0);)
+  return f;
+}
+inline void run_block(Grid* g, uint3 bid, Pool& pool) {
   EMU_TSAN(EmuIgnore ign;)
   Block b;
   b.g = g;
@@ -172,17 +215,15 @@ inline void run_block(Grid* g, uint3 bid) {
   b.smem.assign(g->smem + 16, char(0xCB));
   EMU_TSAN(b.tsan = __tsan_get_current_fiber();)
   for (unsigned i = 0; i < n; ++i) {
-    Fiber& f = b.f[i];
+    if (i == pool.fibers.size()) pool.fibers.emplace_back(make_fiber());
+    Fiber& f = *pool.fibers[i];
+    b.f[i] = &f;
+    f.done = false;
     f.linear = i;
     f.tid = {i % g->block.x, i / g->block.x % g->block.y, i / (g->block.x * g->block.y)};
     b.w[i / 32].alive |= 1u << (i % 32);
-    getcontext(&f.ctx);
-    f.ctx.uc_stack.ss_sp = f.stack.get();
-    f.ctx.uc_stack.ss_size = kStack;
-    f.ctx.uc_link = nullptr;
-    makecontext(&f.ctx, entry, 0);
-    EMU_TSAN(f.tsan = __tsan_create_fiber(0);)
   }
+  EMU_TSAN(__tsan_release(&b.start);)
   std::mt19937 rng(g->seed * 7919u + bid.x + 31 * bid.y + 997 * bid.z);
   // adversarial schedule: warps in random order, each run as far as it can get before the next one (lanes shuffled too)
   std::vector<unsigned> wo(b.w.size()), lo(32);
@@ -196,8 +237,8 @@ inline void run_block(Grid* g, uint3 bid) {
         if (g->seed) std::shuffle(lo.begin(), lo.end(), rng);
         for (unsigned l : lo) {
           const unsigned i = w * 32 + l;
-          if (i >= n || b.f[i].done) continue;
-          Fiber& f = b.f[i];
+          if (i >= n || b.f[i]->done) continue;
+          Fiber& f = *b.f[i];
           b.cur = &f;
           EMU_ASAN(void* fs = nullptr; __sanitizer_start_switch_fiber(&fs, f.stack.get(), kStack);)
           EMU_TSAN(__tsan_switch_to_fiber(f.tsan, 1);)
@@ -209,7 +250,7 @@ inline void run_block(Grid* g, uint3 bid) {
     if (!any)
       die("deadlock: threads of a block wait at different barriers (divergent __syncthreads or warp collective)");
   }
-  EMU_TSAN(__tsan_acquire(&b.alive); for (auto& f : b.f) __tsan_destroy_fiber(f.tsan);)
+  EMU_TSAN(__tsan_acquire(&b.alive);)
   blk = nullptr;
 }
 // ---- barriers ---------------------------------------------------------------------------------
@@ -314,14 +355,17 @@ inline cudaError_t launch_impl(dim3 grid, dim3 block, size_t smem, bool coop, st
   if (coop) g.gsync = &gs;
   std::atomic<size_t> next{0};
   std::vector<std::thread> ts;
+  auto own = borrow(pool);
   for (size_t t = 0; t < pool; ++t)
-    ts.emplace_back([&] {
+    ts.emplace_back([&, t] {
       for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < nb;) {
         const size_t j = g.seed % 2 ? nb - 1 - i : i;  // odd seeds: reverse block order
-        run_block(&g, {unsigned(j % grid.x), unsigned(j / grid.x % grid.y), unsigned(j / (size_t(grid.x) * grid.y))});
+        run_block(&g, {unsigned(j % grid.x), unsigned(j / grid.x % grid.y), unsigned(j / (size_t(grid.x) * grid.y))},
+                  *own[t]);
       }
     });
   for (auto& t : ts) t.join();
+  give_back(std::move(own));
   return cudaSuccess;
 }
 inline thread_local cudaError_t last_error = cudaSuccess;
