@@ -192,8 +192,7 @@ ZF_HD inline void evidence_finish(const EvidenceRule& r, EvidenceLane& lane, con
 
 // --- threshold
 // ----------------------------------------------------------------------------------------------------- Magnitudes are
-// ranked by their bits without the sign, an order of integers; every NaN is one value, the next after infinity.  `bits`
-// counts the digits of a key.
+// ranked by their bits without the sign, an order of integers; every NaN is one value, the next after infinity.
 template <class scalar_t>
 struct Magnitude;
 template <>
@@ -220,6 +219,14 @@ struct Magnitude<BFloat16> {
   static constexpr int16_t kSign = 0x7fff, kNan = 0x7f81;
   static constexpr int kBits = 15;
 };
+
+// Keys are counted digit by digit, from the highest: the lowest bit of the digit of a pass, and how many there are.
+constexpr int kThresholdDigit = 11, kThresholdBins = 1 << kThresholdDigit;
+ZF_HD inline int threshold_shift(int bits, int pass) {
+  const int shift = bits - kThresholdDigit * (pass + 1);
+  return shift > 0 ? shift : 0;
+}
+ZF_HD inline int threshold_passes(int bits) { return (bits + kThresholdDigit - 1) / kThresholdDigit; }
 
 // The key of a stored value, from its bits.
 template <class scalar_t>

@@ -26,12 +26,12 @@
 namespace zipfast {
 namespace {
 
-constexpr int64_t kPiece = 32768, kWord = 64;      // a place in a piece has 16 bits
-constexpr int64_t kSmall = 16384;                  // so few are all collected
-constexpr int64_t kCrowded = kPiece / 4;           // more inside the bracket is too much to collect
-constexpr int64_t kThin = 64;                      // a sample of fewer survivors says nothing
-constexpr double kSigmas = 4;                      // of the sample's rank, on either side
-constexpr int kDigit = 11, kBins = 1 << kDigit;    // of the passes that count digits
+constexpr int64_t kPiece = 32768, kWord = 64;  // a place in a piece has 16 bits
+constexpr int64_t kSmall = 16384;              // so few are all collected
+constexpr int64_t kCrowded = kPiece / 4;       // more inside the bracket is too much to collect
+constexpr int64_t kThin = 64;                  // a sample of fewer survivors says nothing
+constexpr double kSigmas = 4;                  // of the sample's rank, on either side
+constexpr int kBins = 4096;                    // of what was collected
 constexpr int64_t kFinite = std::numeric_limits<int64_t>::max();
 
 struct Source {
@@ -55,9 +55,9 @@ struct Group {
   DType dtype = DType::f32;
   int64_t drop = 0, size = 0, survivors = 0, k = 0;
   int64_t low = 0, high = 0;
-  int64_t threshold = 0;                // keys below go, and the first `ties` of those that are equal
-  int64_t ties = 0, equal = 0;          // `equal`: how many there are
-  size_t first = 0, last = 0;           // pieces
+  int64_t threshold = 0;        // keys below go, and the first `ties` of those that are equal
+  int64_t ties = 0, equal = 0;  // `equal`: how many there are
+  size_t first = 0, last = 0;   // pieces
   size_t source_first = 0, source_last = 0;
   bool sampled = false, by_digits = false;
 };
@@ -162,19 +162,19 @@ ZF_INLINE bool collect(Piece& piece, const Group& group, Stage& stage) {
   int64_t count = 0, above = 0;
   const int64_t most = group.sampled ? kCrowded - kWord : kPiece;
   const Source& source = *piece.source;
-  const bool whole = each_word<scalar_t>(
-      piece, group.low, group.high,
-      [&](int64_t at, uint64_t, uint64_t over, uint64_t inside, const auto* key) __attribute__((always_inline)) {
-        store_word(source.kept, at / kWord, over);
-        above += std::popcount(over);
-        for (; inside; inside &= inside - 1) {
-          const int i = std::countr_zero(inside);
-          stage.key[count] = key[i];
-          stage.place[count] = uint16_t(at - piece.begin + i);
-          ++count;
-        }
-        return count <= most;
-      });
+  const bool whole = each_word<scalar_t>(piece, group.low, group.high,
+                                         [&](int64_t at, uint64_t, uint64_t over, uint64_t inside, const auto* key)
+                                             __attribute__((always_inline)) {
+                                               store_word(source.kept, at / kWord, over);
+                                               above += std::popcount(over);
+                                               for (; inside; inside &= inside - 1) {
+                                                 const int i = std::countr_zero(inside);
+                                                 stage.key[count] = key[i];
+                                                 stage.place[count] = uint16_t(at - piece.begin + i);
+                                                 ++count;
+                                               }
+                                               return count <= most;
+                                             });
   if (!whole) return false;
   piece.above = above;
   piece.key.assign(stage.key.get(), stage.key.get() + count);
@@ -197,62 +197,59 @@ template <class scalar_t>
 ZF_INLINE void write(Piece& piece, int64_t threshold) {
   int64_t skip = piece.skip;
   const Source& source = *piece.source;
-  each_word<scalar_t>(
-      piece, threshold, threshold + 1,
-      [&](int64_t at, uint64_t, uint64_t over, uint64_t equal, const auto*) __attribute__((always_inline)) {
-        for (; skip > 0 && equal; --skip) equal &= equal - 1;
-        store_word(source.kept, at / kWord, over | equal);
-        return true;
-      });
+  each_word<scalar_t>(piece, threshold, threshold + 1,
+                      [&](int64_t at, uint64_t, uint64_t over, uint64_t equal, const auto*)
+                          __attribute__((always_inline)) {
+                            for (; skip > 0 && equal; --skip) equal &= equal - 1;
+                            store_word(source.kept, at / kWord, over | equal);
+                            return true;
+                          });
 }
 
 // Counts the digit at `shift` of the survivors whose digits before it are `prefix`.
 template <class scalar_t>
-ZF_INLINE void count_digit(const Piece& piece, int shift, int64_t prefix, int64_t* bin) {
+ZF_INLINE void count_digit(const Piece& piece, int shift, int width, int64_t prefix, int64_t* bin) {
   const Source& source = *piece.source;
   for (int64_t at = piece.begin; at < piece.end; at += kWord)
     for (uint64_t alive = alive_word(source, at); alive; alive &= alive - 1) {
       const int64_t key = key_at<scalar_t>(source.data, at + std::countr_zero(alive));
-      if (key >> shift >> kDigit == prefix) ++bin[key >> shift & (kBins - 1)];
+      if (key >> shift >> width == prefix) ++bin[key >> shift & ((int64_t(1) << width) - 1)];
     }
 }
 
 // One function for each pass, built for each width of vectors; what they call is inlined into them.
-#define ZF_EACH_DTYPE(dtype, call)  \
-  switch (dtype) {                  \
-    case DType::f64:                \
-      return call(double);          \
-    case DType::f16:                \
-      return call(Half);            \
-    case DType::bf16:               \
-      return call(BFloat16);        \
-    default:                        \
-      return call(float);           \
+#define ZF_EACH_DTYPE(dtype, call) \
+  switch (dtype) {                 \
+    case DType::f64:               \
+      return call(double);         \
+    case DType::f16:               \
+      return call(Half);           \
+    case DType::bf16:              \
+      return call(BFloat16);       \
+    default:                       \
+      return call(float);          \
   }
 #define ZF_CALL(scalar_t) collect<scalar_t>(piece, group, stage)
-ZF_MULTIVERSION bool run_collect(Piece& piece, const Group& group, Stage& stage) {
-  ZF_EACH_DTYPE(group.dtype, ZF_CALL)
-}
+ZF_MULTIVERSION bool run_collect(Piece& piece, const Group& group, Stage& stage){ZF_EACH_DTYPE(group.dtype, ZF_CALL)}
 #undef ZF_CALL
 #define ZF_CALL(scalar_t) count_ties<scalar_t>(piece, group.threshold)
-ZF_MULTIVERSION void run_count_ties(Piece& piece, const Group& group) { ZF_EACH_DTYPE(group.dtype, ZF_CALL) }
+ZF_MULTIVERSION void run_count_ties(Piece& piece, const Group& group){ZF_EACH_DTYPE(group.dtype, ZF_CALL)}
 #undef ZF_CALL
 #define ZF_CALL(scalar_t) write<scalar_t>(piece, group.threshold)
-ZF_MULTIVERSION void run_write(Piece& piece, const Group& group) { ZF_EACH_DTYPE(group.dtype, ZF_CALL) }
+ZF_MULTIVERSION void run_write(Piece& piece, const Group& group){ZF_EACH_DTYPE(group.dtype, ZF_CALL)}
 #undef ZF_CALL
-#define ZF_CALL(scalar_t) count_digit<scalar_t>(piece, shift, prefix, bin)
-void run_count_digit(const Piece& piece, DType dtype, int shift, int64_t prefix, int64_t* bin) {
-  ZF_EACH_DTYPE(dtype, ZF_CALL)
-}
+#define ZF_CALL(scalar_t) count_digit<scalar_t>(piece, shift, width, prefix, bin)
+void run_count_digit(const Piece& piece, DType dtype, int shift, int width, int64_t prefix,
+                     int64_t* bin){ZF_EACH_DTYPE(dtype, ZF_CALL)}
 #undef ZF_CALL
 #define ZF_CALL(scalar_t) int64_t(key_at<scalar_t>(source.data, at))
-int64_t key_of(DType dtype, const Source& source, int64_t at) { ZF_EACH_DTYPE(dtype, ZF_CALL) }
+int64_t key_of(DType dtype, const Source& source, int64_t at){ZF_EACH_DTYPE(dtype, ZF_CALL)}
 #undef ZF_CALL
 #define ZF_CALL(scalar_t) int64_t(rule::Magnitude<scalar_t>::kNan)
-int64_t highest(DType dtype) { ZF_EACH_DTYPE(dtype, ZF_CALL) }
+int64_t highest(DType dtype){ZF_EACH_DTYPE(dtype, ZF_CALL)}
 #undef ZF_CALL
 #define ZF_CALL(scalar_t) rule::Magnitude<scalar_t>::kBits
-int digits(DType dtype) { ZF_EACH_DTYPE(dtype, ZF_CALL) }
+int digits(DType dtype){ZF_EACH_DTYPE(dtype, ZF_CALL)}
 #undef ZF_CALL
 
 ZF_MULTIVERSION int64_t count_alive(const Source& source, int64_t begin, int64_t end) {
@@ -319,8 +316,8 @@ bool select(Group& g, const std::vector<Piece>& pieces) {
   if (rank < 1 || rank > inside) return false;
   // Bins as wide as a power of two, so that few remain to be ordered.
   int shift = 0;
-  while ((g.high - 1 - g.low) >> shift >= 2 * kBins) ++shift;
-  std::vector<int64_t> bin(2 * kBins, 0), few;
+  while ((g.high - 1 - g.low) >> shift >= kBins) ++shift;
+  std::vector<int64_t> bin(kBins, 0), few;
   for (size_t p = g.first; p < g.last; ++p)
     for (const int64_t key : pieces[p].key) ++bin[size_t((key - g.low) >> shift)];
   int64_t b = 0;
@@ -339,24 +336,23 @@ bool select(Group& g, const std::vector<Piece>& pieces) {
 // The same by counting digits, from the highest: exact for any data.
 void select_by_digits(Group& g, const std::vector<Piece>& pieces) {
   int64_t prefix = 0, rank = g.k;
+  const int bits = digits(g.dtype);
   std::mutex mutex;
-  for (int rest = digits(g.dtype); rest > 0;) {
-    const int shift = std::max(0, rest - kDigit), width = rest - shift;
-    std::vector<int64_t> bin(kBins, 0);
-    // A digit of fewer bits than kDigit is the last: its bins are those of all kDigit lowest bits, so their upper part
-    // is known already.
-    const int64_t head = shift > 0 || width == kDigit ? prefix : prefix >> (kDigit - width);
+  for (int pass = 0, top = bits; pass < rule::threshold_passes(bits); ++pass) {
+    const int shift = rule::threshold_shift(bits, pass), width = top - shift;
+    std::vector<int64_t> bin(size_t(1) << width, 0);
     torch::stable::parallel_for(int64_t(g.first), int64_t(g.last), 4, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> own(kBins, 0);
-      for (int64_t p = begin; p < end; ++p) run_count_digit(pieces[size_t(p)], g.dtype, shift, head, own.data());
+      std::vector<int64_t> own(bin.size(), 0);
+      for (int64_t p = begin; p < end; ++p)
+        run_count_digit(pieces[size_t(p)], g.dtype, shift, width, prefix, own.data());
       const std::lock_guard<std::mutex> lock(mutex);
-      for (int b = 0; b < kBins; ++b) bin[size_t(b)] += own[size_t(b)];
+      for (size_t b = 0; b < bin.size(); ++b) bin[b] += own[b];
     });
-    int64_t b = width == kDigit ? 0 : (prefix << width) & (kBins - 1);
+    int64_t b = 0;
     for (; rank > bin[size_t(b)]; ++b) rank -= bin[size_t(b)];
     g.equal = bin[size_t(b)];
-    prefix = head << kDigit | b;
-    rest = shift;
+    prefix = prefix << width | b;
+    top = shift;
   }
   g.threshold = prefix;
   g.ties = rank;
@@ -468,8 +464,7 @@ std::tuple<std::vector<Tensor>, Tensor> threshold_cpu(const std::vector<Tensor>&
   std::vector<Piece> pieces;
   for (size_t j = 0; j < count; ++j) {
     STD_TORCH_CHECK(group[j] >= 0 && size_t(group[j]) < drop.size(), "threshold: malformed 'group'");
-    kept.push_back(
-        torch::stable::new_empty(score[j], {64 * ((score[j].numel() + 511) / 512)}, ScalarType::Byte));
+    kept.push_back(torch::stable::new_empty(score[j], {64 * ((score[j].numel() + 511) / 512)}, ScalarType::Byte));
   }
   std::vector<size_t> order(count);
   for (size_t j = 0; j < count; ++j) order[j] = j;

@@ -21,7 +21,9 @@ def _contract(score: list[Tensor], mask: list[Tensor], drop: list[int], group: l
         check.check_device(NAME, f"score[{i}]", t, device)
     if not isinstance(mask, (list, tuple)) or len(mask) not in (0, count):
         seen = len(mask) if isinstance(mask, (list, tuple)) else type(mask).__name__
-        raise ValueError(f"{NAME}: 'mask' must be empty or hold one packed mask for each of {count} in 'score', got {seen}")
+        raise ValueError(
+            f"{NAME}: 'mask' must be empty or hold one packed mask for each of {count} in 'score', got {seen}"
+        )
     for i, t in enumerate(mask):
         check.check_dtype(NAME, f"mask[{i}]", t, (torch.uint8,))
         check.check_device(NAME, f"mask[{i}]", t, device)
