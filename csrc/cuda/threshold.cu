@@ -20,7 +20,7 @@ constexpr long long kSpan = kThresholdPiece / kWarps;  // elements of a warp, si
 static_assert(kSpan % 32 == 0, "a word belongs to one warp");
 
 struct Place {
-  const ThresholdTensor& tensor;
+  ThresholdTensor tensor;
   long long begin, end;  // elements
 };
 
@@ -117,6 +117,20 @@ __device__ inline long long block_before(long long own, long long* scratch, long
   __syncthreads();  // the scratch may be written again
   *total = all;
   return before;
+}
+
+// `skip`: how many of the equal ones of this piece go; `partly`: they are told apart.
+template <class scalar_t>
+__device__ inline void write_piece(const Place& place, long long threshold, long long skip, bool partly,
+                                   long long* scratch) {
+  if (partly) {
+    const long long ties = span_ties<scalar_t>(place, threshold);
+    long long total;
+    const long long before = block_before(threadIdx.x % 32 ? 0 : ties, scratch, &total);
+    const long long earlier = __shfl_sync(kFullWarp, before, 0);
+    skip = earlier < skip ? skip - earlier : 0;
+  }
+  write_span<scalar_t>(place, threshold, skip);
 }
 
 #define ZF_EACH_DTYPE(dtype, call) \
@@ -241,19 +255,10 @@ __global__ void __launch_bounds__(kThresholdThreads) threshold_write_kernel(cons
   const ThresholdGroup& group = job.state[place.tensor.group];
   const long long index = job.column + blockIdx.x, left = group.rank - job.part[index];
   const bool last = index + 1 == group.first + group.blocks;
-  long long skip = left < 0 ? 0 : left;
-  if (group.rank == group.equal) {
-    skip = group.equal;
-  } else if (left > 0 && (last || group.rank < job.part[index + 1])) {  // the last of those that go is in this piece
-    long long ties = 0, total;
-#define ZF_CALL(scalar_t) ties = span_ties<scalar_t>(place, group.prefix)
-    ZF_EACH_DTYPE(place.tensor.dtype, ZF_CALL)
-#undef ZF_CALL
-    long long before = block_before(threadIdx.x % 32 ? 0 : ties, scratch, &total);
-    before = __shfl_sync(kFullWarp, before, 0);
-    skip = before < left ? left - before : 0;
-  }
-#define ZF_CALL(scalar_t) write_span<scalar_t>(place, group.prefix, skip)
+  // Does the last of those that go lie in this piece?
+  const bool partly = group.rank < group.equal && left > 0 && (last || group.rank < job.part[index + 1]);
+  const long long skip = group.rank == group.equal ? group.equal : left < 0 ? 0 : left;
+#define ZF_CALL(scalar_t) write_piece<scalar_t>(place, group.prefix, skip, partly, scratch)
   ZF_EACH_DTYPE(place.tensor.dtype, ZF_CALL)
 #undef ZF_CALL
   if (place.end == place.tensor.size) {  // what follows the last element is 0

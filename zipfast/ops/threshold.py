@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``threshold``: exactly k weights of smallest magnitude dropped, over lists of tensors, as packed masks (Frankle & Carbin 2019)."""
+"""``threshold``: exactly k weights of smallest magnitude dropped over lists of tensors (Frankle & Carbin 2019)."""
 
 from __future__ import annotations
 
