@@ -258,10 +258,8 @@ ZF_MULTIVERSION int64_t count_alive(const Source& source, int64_t begin, int64_t
   return alive;
 }
 
-// Where one of the places is, in steps of about the same length, each off by a part of its step that no row length
-// divides.
+// Grows as n^(2/3): so the cost of ranking the sample and that of collecting what it leaves open stay in balance.
 int64_t sample_size(int64_t size) {
-  // What a sample costs to rank against what it saves to collect: n^(2/3), with constants as measured.
   return std::clamp(int64_t(std::pow(double(size), 2. / 3) / 3), int64_t(4096), int64_t(1) << 18);
 }
 
@@ -275,6 +273,7 @@ void bracket(Group& g, const std::vector<Source>& source) {
   const double step = double(g.size) / double(wanted);
   std::vector<int64_t> key;
   key.reserve(size_t(wanted));
+  // Steps of one length, each place off by another part of its step, so that no row length meets always one column.
   size_t s = g.source_first;
   int64_t offset = 0;  // elements before source s
   uint32_t off = 0;
