@@ -40,6 +40,7 @@ BENCHES = (  # seconds
     ("blend", 45),
     ("multidot", 30),
     ("gram", 30),
+    ("threshold", 45),
 )
 
 

@@ -190,4 +190,51 @@ ZF_HD inline void evidence_finish(const EvidenceRule& r, EvidenceLane& lane, con
   value[kEvidence] = evidence, value[kAlpha] = alpha, value[kBeta] = beta, value[kRatio] = ratio;
 }
 
+// --- threshold
+// ----------------------------------------------------------------------------------------------------- Magnitudes are
+// ranked by their bits without the sign, an order of integers; every NaN is one value, the next after infinity.
+template <class scalar_t>
+struct Magnitude;
+template <>
+struct Magnitude<float> {
+  using key_t = int32_t;
+  static constexpr int32_t kSign = 0x7fffffff, kNan = 0x7f800001;
+  static constexpr int kBits = 31;
+};
+template <>
+struct Magnitude<double> {
+  using key_t = int64_t;
+  static constexpr int64_t kSign = 0x7fffffffffffffff, kNan = 0x7ff0000000000001;
+  static constexpr int kBits = 63;
+};
+template <>
+struct Magnitude<Half> {
+  using key_t = int16_t;
+  static constexpr int16_t kSign = 0x7fff, kNan = 0x7c01;
+  static constexpr int kBits = 15;
+};
+template <>
+struct Magnitude<BFloat16> {
+  using key_t = int16_t;
+  static constexpr int16_t kSign = 0x7fff, kNan = 0x7f81;
+  static constexpr int kBits = 15;
+};
+
+// Keys are counted digit by digit, from the highest: the lowest bit of the digit of a pass, and how many there are.
+constexpr int kThresholdDigit = 11, kThresholdBins = 1 << kThresholdDigit;
+ZF_HD inline int threshold_shift(int bits, int pass) {
+  const int shift = bits - kThresholdDigit * (pass + 1);
+  return shift > 0 ? shift : 0;
+}
+ZF_HD inline int threshold_passes(int bits) { return (bits + kThresholdDigit - 1) / kThresholdDigit; }
+
+// The key of a stored value, from its bits.
+template <class scalar_t>
+ZF_HD inline typename Magnitude<scalar_t>::key_t magnitude_key(typename Magnitude<scalar_t>::key_t bits) {
+  using M = Magnitude<scalar_t>;
+  using key_t = typename M::key_t;
+  const key_t key = key_t(bits & M::kSign);
+  return key < M::kNan ? key : M::kNan;
+}
+
 }  // namespace zipfast::rule

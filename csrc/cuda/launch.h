@@ -153,6 +153,67 @@ struct RegroupJob {
 };
 cudaError_t regroup(DType dtype, const RegroupJob& job, cudaStream_t stream);
 
+// --- threshold
+// --------------------------------------------------------------------------------------------------------
+constexpr int kThresholdTensors = 384, kThresholdGroups = 256;
+#ifdef ZF_EMU
+constexpr int kThresholdThreads = 64, kThresholdCopies = 1;
+constexpr long long kThresholdPiece = 256;  // small: tests are to see several pieces
+#else
+constexpr int kThresholdThreads = 256, kThresholdCopies = 4;
+constexpr long long kThresholdPiece = 16384;
+#endif
+
+struct ThresholdTensor {
+  const void* data;
+  const uint8_t* mask;  // null: all alive
+  uint32_t* kept;       // 16 * ceil(size / 512) words
+  long long size;
+  long long first;  // of its ceil(size / kThresholdPiece) blocks in this launch
+  int index, group;
+  DType dtype;
+};
+struct ThresholdGroup {  // on the device
+  long long drop;
+  long long first, blocks;  // its part of `part`
+  long long survivors;
+  long long rank;    // from 1, among the keys that begin with `prefix`; at last the equal ones that go
+  long long prefix;  // of the key wanted, at last all of it; -1: nothing goes
+  long long equal;   // keys that begin with `prefix`
+  int bits;
+};
+struct ThresholdBegin {
+  ThresholdGroup group[kThresholdGroups];
+  ThresholdGroup* state;    // [all groups]
+  unsigned long long* bin;  // [all groups, kThresholdBins]
+  long long* status;        // [tensors + all groups]
+  int first, groups;        // of these
+  int tensors;
+};
+struct ThresholdJob {
+  ThresholdTensor tensor[kThresholdTensors];
+  ThresholdGroup* state;
+  unsigned long long* bin;
+  long long* part;    // [all blocks]: ties of each; then those in the blocks before it
+  long long* status;  // [tensors + groups]
+  long long column;   // blocks of the launches before
+  long long blocks;
+  int tensors;
+};
+struct ThresholdGroups {
+  ThresholdGroup* state;
+  unsigned long long* bin;
+  long long* part;
+  long long* survivors;  // of status
+  int groups;
+};
+cudaError_t threshold_begin(const ThresholdBegin& job, cudaStream_t stream);
+cudaError_t threshold_count(const ThresholdJob& job, int pass, cudaStream_t stream);
+cudaError_t threshold_pick(const ThresholdGroups& job, int pass, cudaStream_t stream);
+cudaError_t threshold_ties(const ThresholdJob& job, cudaStream_t stream);
+cudaError_t threshold_share(const ThresholdGroups& job, cudaStream_t stream);
+cudaError_t threshold_write(const ThresholdJob& job, cudaStream_t stream);
+
 // --- zip_match
 // --------------------------------------------------------------------------------------------------------
 constexpr int kMatchSpaces = 32;

@@ -90,6 +90,13 @@ def gram_samples(device: str, grad: bool) -> Iterator[tuple]:
     yield [x[0].T, x[0].T.double()], 2, [x[0].T]
 
 
+def threshold_samples(device: str, grad: bool) -> Iterator[tuple]:
+    x = [torch.randn(s, device=device).requires_grad_(grad) for s in ((30, 40), (7,), ())]
+    yield x, [], [300, 2], [0, 1, 0]
+    mask = [torch.randint(256, (64 * ((t.numel() + 511) // 512),), device=device, dtype=torch.uint8) for t in x]
+    yield [x[0].T, x[1].half(), x[2]], mask, [9, 0, 1], [0, 1, 0]
+
+
 SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "moments_": moments_samples,
     "zip_match": zip_match_samples,
@@ -98,6 +105,7 @@ SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "blend_": blend_samples,
     "multidot": multidot_samples,
     "gram": gram_samples,
+    "threshold": threshold_samples,
 }
 WRITTEN = {"moments_": 3, "blend_": 2}  # the first arguments, in place
 NO_GPU = pytest.mark.skipif(not zipfast.available("cuda"), reason=str(zipfast.ops.why_not("cuda")))
@@ -152,7 +160,7 @@ def test_compiles_without_graph_break(name: str, device: str) -> None:
         same(outcome(compiled, args), outcome(op, args))
 
 
-@pytest.mark.parametrize("name", ["moments_", "regroup", "blend_", "multidot", "gram"])
+@pytest.mark.parametrize("name", ["moments_", "regroup", "blend_", "multidot", "gram", "threshold"])
 def test_compiles_under_an_override(name: str) -> None:
     op = OPS[name]
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")

@@ -8,6 +8,7 @@ from .gram import gram
 from .moments import moments_
 from .multidot import multidot
 from .regroup import regroup
+from .threshold import threshold
 from .zip_match import zip_match
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "moments_",
     "multidot",
     "regroup",
+    "threshold",
     "why_not",
     "zip_match",
 ]
