@@ -67,7 +67,7 @@ def _contract(
             if name == "grad":
                 dtypes: tuple[torch.dtype, ...] = (p.dtype,)
             elif name == "first":
-                dtypes = tuple({p.dtype: 0, torch.float32: 0}) if p.dtype != torch.float64 else (p.dtype,)
+                dtypes = (p.dtype, torch.float32) if p.dtype in (torch.float16, torch.bfloat16) else (p.dtype,)
             else:
                 dtypes = (first[i].dtype,)
             check.check_dtype(NAME, f"{name}[{i}]", t, dtypes)
