@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "cpu/simd.h"
-#include "stable.h"
+#include "packed.h"
 
 namespace zipfast {
 
@@ -17,15 +17,6 @@ ZF_INLINE uint32_t mask_word(const uint8_t* mask, int64_t at) {
   uint32_t word;
   memcpy(&word, mask + at / 8, sizeof word);
   return word;
-}
-
-// The bits of tensor j of a list of masks for tensors of `size` elements; null: all alive.
-inline const uint8_t* mask_bits(const char* op, const std::vector<Tensor>& mask, size_t j, int64_t size) {
-  if (mask.empty() || mask[j].numel() == 0) return nullptr;
-  STD_TORCH_CHECK(mask[j].scalar_type() == ScalarType::Byte && mask[j].is_contiguous() &&
-                      mask[j].numel() == (size + 511) / 512 * 64,
-                  op, ": malformed 'mask'");
-  return mask[j].const_data_ptr<uint8_t>();
 }
 
 }  // namespace zipfast
