@@ -64,8 +64,7 @@ ZF_INLINE void apply_piece(const Apply& a, int64_t begin, int64_t end) {
     _mm_sfence();
 #endif
   } else {
-    for (; at + kMaskWord <= end; at += kMaskWord)
-      select_word(out + at, source + at, mask_word(a.mask, at), kMaskWord);
+    for (; at + kMaskWord <= end; at += kMaskWord) select_word(out + at, source + at, mask_word(a.mask, at), kMaskWord);
   }
   if (at < end) select_word(out + at, source + at, mask_word(a.mask, at), end - at);
 }

@@ -3,10 +3,10 @@
 // (Frankle & Carbin 2019, section 2).
 //
 // Work is cut into pieces of kPiece elements of one tensor, each owned by one thread.  Inside, 32 weights at a time (a
-// word of the mask) are stepped as vectors by the formula of rule.h and what is dead is replaced by zero; a word without
-// survivors is not computed and only written if it is not zero yet, so that sparse weights cost less traffic.  16-bit
-// tensors go through buffers of kBlock float32 values in the first cache.  One pass: weights, state and gradient are
-// read once.  The bits depend on nothing but the arguments.
+// word of the mask) are stepped as vectors by the formula of rule.h and what is dead is replaced by zero; a word
+// without survivors is not computed and only written if it is not zero yet, so that sparse weights cost less traffic.
+// 16-bit tensors go through buffers of kBlock float32 values in the first cache.  One pass: weights, state and gradient
+// are read once.  The bits depend on nothing but the arguments.
 #include <algorithm>
 #include <bit>
 #include <string>
@@ -179,8 +179,8 @@ void masked_step_cpu(const std::vector<Tensor>& param, const std::vector<Tensor>
                      const std::vector<Tensor>& mask, std::string rule, int64_t step, double lr, double weight_decay,
                      double momentum, double dampening, bool nesterov, double beta1, double beta2, double eps,
                      bool maximize) {
-  const rule::StepOptions options{rule != "sgd", rule == "adamw", nesterov, maximize, step, lr,
-                                  weight_decay,  momentum,        dampening, beta1,   beta2, eps};
+  const rule::StepOptions options{rule != "sgd", rule == "adamw", nesterov,  maximize, step,  lr,
+                                  weight_decay,  momentum,        dampening, beta1,    beta2, eps};
   const StepJob job{rule::step_rule<float>(options), rule::step_rule<double>(options), rule::step_kind(options),
                     rule::step_flags(options)};
   const size_t count = param.size();
@@ -198,8 +198,14 @@ void masked_step_cpu(const std::vector<Tensor>& param, const std::vector<Tensor>
     STD_TORCH_CHECK(grad[j].numel() == size && grad[j].scalar_type() == param[j].scalar_type(),
                     "masked_step_: malformed 'grad'");
     keep.push_back(as_contiguous(grad[j]));
-    StepTensor t{param[j].mutable_data_ptr(), nullptr, nullptr, keep.back().const_data_ptr(),
-                 mask_bits("masked_step_", mask, j, size), size, dtype, dtype};
+    StepTensor t{param[j].mutable_data_ptr(),
+                 nullptr,
+                 nullptr,
+                 keep.back().const_data_ptr(),
+                 mask_bits("masked_step_", mask, j, size),
+                 size,
+                 dtype,
+                 dtype};
     for (const auto* list : {&first, &second}) {
       if (list->empty()) continue;
       const Tensor& state = (*list)[j];

@@ -10,9 +10,8 @@ namespace {
 void apply_mask_cuda(const std::vector<Tensor>& out, const std::vector<Tensor>& mask,
                      const std::vector<Tensor>& source) {
   const size_t count = out.size();
-  STD_TORCH_CHECK(
-      count > 0 && (mask.empty() || mask.size() == count) && (source.empty() || source.size() == count),
-      "apply_mask_: malformed lists");
+  STD_TORCH_CHECK(count > 0 && (mask.empty() || mask.size() == count) && (source.empty() || source.size() == count),
+                  "apply_mask_: malformed lists");
   CudaScope scope(out[0]);
   const auto job = std::make_unique<cuda::ApplyJob>();
   std::vector<Tensor> keep;
@@ -31,8 +30,9 @@ void apply_mask_cuda(const std::vector<Tensor>& out, const std::vector<Tensor>& 
     t.width = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
     t.aligned = aligned(t.out) && aligned(t.source);
   };
-  masked_launches(*job, count, [&](size_t j) { return out[j].numel(); }, fill,
-                  [&] { check_launch("apply_mask_", cuda::apply_mask(*job, scope.stream)); });
+  masked_launches(
+      *job, count, [&](size_t j) { return out[j].numel(); }, fill,
+      [&] { check_launch("apply_mask_", cuda::apply_mask(*job, scope.stream)); });
 }
 
 }  // namespace

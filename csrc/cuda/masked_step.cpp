@@ -13,8 +13,8 @@ void masked_step_cuda(const std::vector<Tensor>& param, const std::vector<Tensor
                       const std::vector<Tensor>& mask, std::string rule, int64_t step, double lr, double weight_decay,
                       double momentum, double dampening, bool nesterov, double beta1, double beta2, double eps,
                       bool maximize) {
-  const rule::StepOptions options{rule != "sgd", rule == "adamw", nesterov, maximize, step, lr,
-                                  weight_decay,  momentum,        dampening, beta1,   beta2, eps};
+  const rule::StepOptions options{rule != "sgd", rule == "adamw", nesterov,  maximize, step,  lr,
+                                  weight_decay,  momentum,        dampening, beta1,    beta2, eps};
   const auto job = std::make_unique<cuda::StepJob>();
   job->wide = rule::step_rule<double>(options), job->single = rule::step_rule<float>(options);
   job->kind = rule::step_kind(options), job->flags = rule::step_flags(options);
@@ -49,8 +49,9 @@ void masked_step_cuda(const std::vector<Tensor>& param, const std::vector<Tensor
       t.aligned = t.aligned && aligned(data);
     }
   };
-  masked_launches(*job, count, [&](size_t j) { return param[j].numel(); }, fill,
-                  [&] { check_launch("masked_step_", cuda::masked_step(*job, scope.stream)); });
+  masked_launches(
+      *job, count, [&](size_t j) { return param[j].numel(); }, fill,
+      [&] { check_launch("masked_step_", cuda::masked_step(*job, scope.stream)); });
 }
 
 }  // namespace

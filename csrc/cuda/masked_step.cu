@@ -2,9 +2,9 @@
 // masked_step_ on a GPU: a step of SGD, Adam or AdamW and the mask of weights and state, one launch for many tensors
 // (Frankle & Carbin 2019, section 2).
 //
-// A block owns kSoupPiece elements of one tensor, a thread eight of them at a time: a byte of the mask.  Where that byte
-// is 0, nothing is read and zeros are written.  The formula is that of rule.h; this file is compiled without further
-// contraction, so that the bits are those of the C++ kernel.  Bandwidth-bound.
+// A block owns kSoupPiece elements of one tensor, a thread eight of them at a time: a byte of the mask.  Where that
+// byte is 0, nothing is read and zeros are written.  The formula is that of rule.h; this file is compiled without
+// further contraction, so that the bits are those of the C++ kernel.  Bandwidth-bound.
 #include "cuda/launch.h"
 #include "cuda/mask.cuh"
 

@@ -168,7 +168,9 @@ def test_ten_steps_of_torch_optim(backend: str, device: str, dtype: torch.dtype,
         slack = tolerance("masked_step_", "weight", dtype)
         for i, p in enumerate(peers):
             compare(param[i], p, keep[i], bits_of_reference(rule, dtype, "weight"), slack)
-            held = [optimizer.state[p][k] for k in ("momentum_buffer", "exp_avg", "exp_avg_sq") if k in optimizer.state[p]]
+            held = [
+                optimizer.state[p][k] for k in ("momentum_buffer", "exp_avg", "exp_avg_sq") if k in optimizer.state[p]
+            ]
             held = [t for t in held if t is not None]
             assert len(held) == rule.states
             for got, want in zip((s[i] for s in states), held):
@@ -185,7 +187,10 @@ def one_step(
     param = [noise(*s, seed=i, dtype=d).to(device) for i, (s, (d, _)) in enumerate(zip(shapes, dtypes))]
     grad = [noise(*s, seed=i + 50, dtype=d).to(device) for i, (s, (d, _)) in enumerate(zip(shapes, dtypes))]
     states = [
-        [noise(*s, seed=i + 99 * k, dtype=F64).square().to(d).to(device) for i, (s, (_, d)) in enumerate(zip(shapes, dtypes))]
+        [
+            noise(*s, seed=i + 99 * k, dtype=F64).square().to(d).to(device)
+            for i, (s, (_, d)) in enumerate(zip(shapes, dtypes))
+        ]
         for k in range(1, rule.states + 1)
     ]
     run(rule, param, states, grad, [pack(k).to(device) for k in keep])
@@ -205,7 +210,9 @@ def agrees_with_reference(rule: Rule, shapes: list, dtypes: list, device: str, t
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.rule}{r.states}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes(backend: str, device: str, dtype: torch.dtype, rule: Rule, tolerance) -> None:
-    agrees_with_reference(replace(rule, step=3), [(n,) for n in SIZES], [(dtype, dtype)] * len(SIZES), device, tolerance)
+    agrees_with_reference(
+        replace(rule, step=3), [(n,) for n in SIZES], [(dtype, dtype)] * len(SIZES), device, tolerance
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.rule}{r.states}")
@@ -312,7 +319,9 @@ def test_equal_for_every_thread_count(cpu_backend: str, threads) -> None:
         threads(n)
         results.append(one_step(replace(ADAM, step=3), shapes, [(F32, F32), (F64, F64), (BF16, BF16)], "cpu")[0])
     for other in results[1:]:
-        assert all(torch.equal(words(a), words(b)) for a, b in zip(itertools.chain(*results[0]), itertools.chain(*other)))
+        assert all(
+            torch.equal(words(a), words(b)) for a, b in zip(itertools.chain(*results[0]), itertools.chain(*other))
+        )
 
 
 def test_step_compiles() -> None:
@@ -320,7 +329,9 @@ def test_step_compiles() -> None:
     own = [w.clone(), m.clone()]
     numbers = dataclasses.astuple(replace(MOMENTUM, step=2))
     torch._dynamo.reset()
-    call = torch.compile(lambda w, m, g: masked_step_([w], [m], [], [g], [], *numbers), fullgraph=True, backend="aot_eager")
+    call = torch.compile(
+        lambda w, m, g: masked_step_([w], [m], [], [g], [], *numbers), fullgraph=True, backend="aot_eager"
+    )
     call(own[0], own[1], g)
     masked_step_([w], [m], [], [g], [], *numbers)
     assert torch.equal(own[0], w) and torch.equal(own[1], m)
@@ -366,8 +377,16 @@ def refuse(rule: Rule = SGD, param=(A,), first=(), second=(), grad=(A,), mask=()
         (TypeError, r"'first\[0\]' must be float32, got float64", refuse(MOMENTUM, first=[A.double()])),
         (TypeError, r"'second\[0\]' must be float32, got float16", refuse(ADAM, first=[A], second=[A.half()])),
         (RuntimeError, r"'first\[0\]' must be on cpu as .*, got meta", refuse(MOMENTUM, first=[META])),
-        (ValueError, r"'first\[0\]' must be the shape of 'param' = \[2, 3\], got \[6\]", refuse(MOMENTUM, first=[A.view(6)])),
-        (ValueError, r"'first\[0\]' must be contiguous, got strides \[1, 2\]", refuse(MOMENTUM, first=[A.T.contiguous().T])),
+        (
+            ValueError,
+            r"'first\[0\]' must be the shape of 'param' = \[2, 3\], got \[6\]",
+            refuse(MOMENTUM, first=[A.view(6)]),
+        ),
+        (
+            ValueError,
+            r"'first\[0\]' must be contiguous, got strides \[1, 2\]",
+            refuse(MOMENTUM, first=[A.T.contiguous().T]),
+        ),
     ],
 )
 def test_errors(error: type, match: str, args: tuple) -> None:

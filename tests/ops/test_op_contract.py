@@ -90,6 +90,31 @@ def gram_samples(device: str, grad: bool) -> Iterator[tuple]:
     yield [x[0].T, x[0].T.double()], 2, [x[0].T]
 
 
+def packed(n: int, device: str) -> torch.Tensor:
+    bits = torch.zeros((n + 511) // 512 * 64, device=device, dtype=torch.uint8)
+    bits[: n // 8] = 0b01011010
+    return bits
+
+
+def apply_mask_samples(device: str, grad: bool) -> Iterator[tuple]:
+    out = [torch.ones(40, device=device), torch.ones(3, 3, device=device, dtype=torch.bfloat16)]
+    none = torch.zeros(0, device=device, dtype=torch.uint8)
+    yield out, [packed(40, device), packed(9, device)], []
+    source = [torch.randn(40, device=device, requires_grad=grad), torch.randn(3, 3, device=device).bfloat16().T]
+    yield out, [none, packed(9, device)], source
+    yield out[1:], [], [source[1].requires_grad_(grad)]
+
+
+def masked_step_samples(device: str, grad: bool) -> Iterator[tuple]:
+    param = [torch.randn(40, device=device), torch.randn(3, 3, device=device).half()]
+    state = [[torch.rand(40, device=device), torch.rand(3, 3, device=device)] for _ in range(2)]
+    given = [torch.randn(40, device=device, requires_grad=grad), torch.randn(3, 3, device=device).half().T]
+    mask = [packed(40, device), torch.zeros(0, device=device, dtype=torch.uint8)]
+    yield param, [], [], given, [], "sgd", 1, 0.1, 0.0, 0.0, 0.0, False, 0.0, 0.0, 0.0, False
+    yield param, state[0], [], given, mask, "sgd", 2, 0.1, 0.01, 0.9, 0.0, True, 0.0, 0.0, 0.0, True
+    yield param, *state, given, mask, "adamw", 3, 0.1, 0.01, 0.0, 0.0, False, 0.9, 0.99, 1e-8, False
+
+
 SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "moments_": moments_samples,
     "zip_match": zip_match_samples,
@@ -98,8 +123,10 @@ SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "blend_": blend_samples,
     "multidot": multidot_samples,
     "gram": gram_samples,
+    "apply_mask_": apply_mask_samples,
+    "masked_step_": masked_step_samples,
 }
-WRITTEN = {"moments_": 3, "blend_": 2}  # the first arguments, in place
+WRITTEN = {"moments_": 3, "blend_": 2, "apply_mask_": 1, "masked_step_": 3}  # the first arguments, in place
 NO_GPU = pytest.mark.skipif(not zipfast.available("cuda"), reason=str(zipfast.ops.why_not("cuda")))
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
 
@@ -152,7 +179,7 @@ def test_compiles_without_graph_break(name: str, device: str) -> None:
         same(outcome(compiled, args), outcome(op, args))
 
 
-@pytest.mark.parametrize("name", ["moments_", "regroup", "blend_", "multidot", "gram"])
+@pytest.mark.parametrize("name", ["moments_", "regroup", "blend_", "multidot", "gram", "apply_mask_", "masked_step_"])
 def test_compiles_under_an_override(name: str) -> None:
     op = OPS[name]
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
