@@ -338,7 +338,7 @@ def test_step_compiles() -> None:
 
 
 A, M = torch.ones(2, 3), torch.zeros(64, dtype=torch.uint8)
-META = A.to("meta")
+META, B = A.to("meta"), A.view(6)
 
 
 def refuse(rule: Rule = SGD, param=(A,), first=(), second=(), grad=(A,), mask=(), **options) -> tuple:

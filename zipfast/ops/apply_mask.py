@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``apply_mask_``: packed masks applied to lists of weights, or to the values they are rewound to (Frankle & Carbin 2019)."""
+"""``apply_mask_``: packed masks applied to lists of weights, or to what they are rewound to (Frankle & Carbin 2019)."""
 
 from __future__ import annotations
 
