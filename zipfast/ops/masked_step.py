@@ -154,8 +154,8 @@ def masked_step_(
     Raises:
         TypeError, ValueError, RuntimeError: dtype, shape, device, range, missing state.
 
-    Cost and determinism: weights, state and gradients read once, weights and state written once; what is dead as a group
-    is not computed.  Equal bits for every run and thread count, and on all compiled backends.
+    Cost and determinism: weights, state and gradients read once, weights and state written once, whatever is dead.  Equal
+    bits for every run and thread count, and on all compiled backends.
 
     Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), §2: training of masked networks; Kingma & Ba
     2015 (Adam), algorithm 1; Loshchilov & Hutter 2019 (AdamW), algorithm 2.
