@@ -25,6 +25,79 @@ ZF_HD inline scalar_t merged_similarity(scalar_t alpha, scalar_t a, scalar_t b) 
 // What the matcher reports per space; the columns of `status`.
 enum Status { kLifted, kDeadlock, kNanAt, kAsymmetricAt, kStatusFields };
 
+// --- masked_step_
+// ------------------------------------------------------------------------------------------------------ One step of
+// SGD, Adam and AdamW for one weight, operation after operation as torch.optim takes it tensor by tensor on a CPU: its
+// additions of a multiple are fused multiply-adds, and so they are here, by name; nothing else may be contracted.
+enum StepKind : int32_t { kStepPlain, kStepMomentum, kStepAdam };  // SGD without and with momentum; Adam, AdamW
+// Weight decay is part of the gradient; SGD: no buffer yet, Nesterov; Adam: the old mean is nearer than the gradient.
+enum StepFlag : int32_t { kStepCoupled = 1, kStepStart = 2, kStepNesterov = 4, kStepNear = 8 };
+
+ZF_HD inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
+ZF_HD inline double fused(double a, double b, double c) { return fma(a, b, c); }
+ZF_HD inline float root(float x) { return sqrtf(x); }
+ZF_HD inline double root(double x) { return sqrt(x); }
+
+template <class acc_t>
+struct StepRule {
+  acc_t sign;   // of the gradient
+  acc_t rate;   // what multiplies the direction: -lr, for Adam divided by its first bias correction
+  acc_t decay;  // what multiplies the weight before it is added to the gradient
+  acc_t keep;   // AdamW: what multiplies the weight, else 1
+  acc_t momentum, fresh;
+  acc_t lerp, beta2, square, correction, eps;  // lerp: 1 - beta1; square: 1 - beta2; correction: root of the second
+};
+
+// What the caller passes, in double, as Python has it.
+struct StepOptions {
+  bool adam, decoupled, nesterov, maximize;
+  int64_t step;
+  double lr, weight_decay, momentum, dampening, beta1, beta2, eps;
+};
+
+inline StepKind step_kind(const StepOptions& o) {
+  return o.adam ? kStepAdam : o.momentum != 0 ? kStepMomentum : kStepPlain;
+}
+
+inline int step_flags(const StepOptions& o) {
+  const bool coupled = o.weight_decay != 0 && !o.decoupled, momentum = step_kind(o) == kStepMomentum;
+  return (coupled ? kStepCoupled : 0) | (momentum && o.step == 1 ? kStepStart : 0) |
+         (momentum && o.nesterov ? kStepNesterov : 0) | (o.adam && float(1 - o.beta1) < 0.5f ? kStepNear : 0);
+}
+
+template <class acc_t>
+inline StepRule<acc_t> step_rule(const StepOptions& o) {
+  const double step = double(o.step), bias = o.adam ? 1 - pow(o.beta1, step) : 1;
+  StepRule<acc_t> r;
+  r.sign = acc_t(o.maximize ? -1 : 1);
+  r.rate = acc_t(-(o.lr / bias));
+  r.decay = acc_t(o.weight_decay);
+  r.keep = acc_t(o.decoupled ? 1 - o.lr * o.weight_decay : 1);
+  r.momentum = acc_t(o.momentum), r.fresh = acc_t(1 - o.dampening);
+  r.lerp = acc_t(1 - o.beta1), r.beta2 = acc_t(o.beta2), r.square = acc_t(1 - o.beta2);
+  r.correction = acc_t(pow(1 - pow(o.beta2, step), 0.5)), r.eps = acc_t(o.eps);
+  return r;
+}
+
+// Weight w, gradient g, state m and v.  Where `flags` are constants, no branch is left and loops over this are vectors.
+template <StepKind kKind, class acc_t>
+ZF_HD inline void step_weight(const StepRule<acc_t>& r, int flags, acc_t& w, acc_t g, acc_t& m, acc_t& v) {
+  g *= r.sign;
+  if (flags & kStepCoupled) g = fused(w, r.decay, g);
+  if constexpr (kKind == kStepAdam) {
+    // From the nearer end, as torch interpolates.
+    m = flags & kStepNear ? fused(r.lerp, g - m, m) : fused(r.lerp - acc_t(1), g - m, g);
+    v = fused(r.square * g, g, v * r.beta2);
+    w = w * r.keep + (r.rate * m) / (root(v) / r.correction + r.eps);
+  } else {
+    if constexpr (kKind == kStepMomentum) {
+      m = flags & kStepStart ? g : fused(g, r.fresh, m * r.momentum);
+      g = flags & kStepNesterov ? fused(m, r.momentum, g) : m;
+    }
+    w = fused(g, r.rate, w);
+  }
+}
+
 // --- evidence
 // ------------------------------------------------------------------------------------------------------- The evidence
 // of Bayesian linear regression of one output y on N x D features F, with G = F^T F = V diag(s) V^T and z = V^T F^T y

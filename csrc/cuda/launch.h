@@ -43,7 +43,8 @@ struct SoupPlace {
   int tensor;
   long long begin, end;  // elements
 };
-ZF_HD inline SoupPlace soup_place(const SoupList& list, long long block) {
+template <class List>
+ZF_HD inline SoupPlace soup_place(const List& list, long long block) {
   int low = 0, high = list.tensors - 1;  // the last tensor whose first block is at or before this one
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -82,6 +83,43 @@ struct GramJob {
   uint8_t base_dtype[kSoupTensors], wide[kSoupTensors];
 };
 cudaError_t gram(const GramJob& job, cudaStream_t stream);
+
+// --- apply_mask_, masked_step_
+// ------------------------------------------------------------------------------------------- Lists of tensors with
+// packed masks, cut into launches of kSoupTensors and into blocks as the soups are.
+struct ApplyTensor {
+  void* out;
+  const void* source;   // may be `out`
+  const uint8_t* mask;  // null: all alive
+  long long size, first;
+  int width;     // bytes of an element
+  bool aligned;  // 16-byte accesses are allowed
+};
+struct ApplyJob {
+  ApplyTensor tensor[kSoupTensors];
+  int tensors;
+  long long blocks;
+};
+cudaError_t apply_mask(const ApplyJob& job, cudaStream_t stream);
+
+struct StepTensor {
+  void* param;
+  void *moment, *square;  // null: none
+  const void* grad;
+  const uint8_t* mask;  // null: all alive
+  long long size, first;
+  uint8_t dtype, state;
+  bool aligned;
+};
+struct StepJob {
+  StepTensor tensor[kSoupTensors];
+  rule::StepRule<double> wide;
+  rule::StepRule<float> single;
+  int flags, tensors;
+  rule::StepKind kind;
+  long long blocks;
+};
+cudaError_t masked_step(const StepJob& job, cudaStream_t stream);
 
 // --- evidence
 // ---------------------------------------------------------------------------------------------------------

@@ -97,6 +97,31 @@ def threshold_samples(device: str, grad: bool) -> Iterator[tuple]:
     yield [x[0].T, x[1].half(), x[2]], mask, [9, 0, 1], [0, 1, 0]
 
 
+def packed(n: int, device: str) -> torch.Tensor:
+    bits = torch.zeros((n + 511) // 512 * 64, device=device, dtype=torch.uint8)
+    bits[: n // 8] = 0b01011010
+    return bits
+
+
+def apply_mask_samples(device: str, grad: bool) -> Iterator[tuple]:
+    out = [torch.ones(40, device=device), torch.ones(3, 3, device=device, dtype=torch.bfloat16)]
+    none = torch.zeros(0, device=device, dtype=torch.uint8)
+    yield out, [packed(40, device), packed(9, device)], []
+    source = [torch.randn(40, device=device, requires_grad=grad), torch.randn(3, 3, device=device).bfloat16().T]
+    yield out, [none, packed(9, device)], source
+    yield out[1:], [], [source[1].requires_grad_(grad)]
+
+
+def masked_step_samples(device: str, grad: bool) -> Iterator[tuple]:
+    param = [torch.randn(40, device=device), torch.randn(3, 3, device=device).half()]
+    state = [[torch.rand(40, device=device), torch.rand(3, 3, device=device)] for _ in range(2)]
+    given = [torch.randn(40, device=device, requires_grad=grad), torch.randn(3, 3, device=device).half().T]
+    mask = [packed(40, device), torch.zeros(0, device=device, dtype=torch.uint8)]
+    yield param, [], [], given, [], "sgd", 1, 0.1, 0.0, 0.0, 0.0, False, 0.0, 0.0, 0.0, False
+    yield param, state[0], [], given, mask, "sgd", 2, 0.1, 0.01, 0.9, 0.0, True, 0.0, 0.0, 0.0, True
+    yield param, *state, given, mask, "adamw", 3, 0.1, 0.01, 0.0, 0.0, False, 0.9, 0.99, 1e-8, False
+
+
 SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "moments_": moments_samples,
     "zip_match": zip_match_samples,
@@ -106,8 +131,10 @@ SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "multidot": multidot_samples,
     "gram": gram_samples,
     "threshold": threshold_samples,
+    "apply_mask_": apply_mask_samples,
+    "masked_step_": masked_step_samples,
 }
-WRITTEN = {"moments_": 3, "blend_": 2}  # the first arguments, in place
+WRITTEN = {"moments_": 3, "blend_": 2, "apply_mask_": 1, "masked_step_": 3}  # the first arguments, in place
 NO_GPU = pytest.mark.skipif(not zipfast.available("cuda"), reason=str(zipfast.ops.why_not("cuda")))
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
 
@@ -130,6 +157,7 @@ def outcome(call: Callable, args: tuple) -> list:
 
 
 def same(a: list, b: list) -> None:
+    a, b = ([v for v in values if not isinstance(v, str)] for values in (a, b))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)  # float32 kernel against float64 reference
 
 
@@ -160,7 +188,10 @@ def test_compiles_without_graph_break(name: str, device: str) -> None:
         same(outcome(compiled, args), outcome(op, args))
 
 
-@pytest.mark.parametrize("name", ["moments_", "regroup", "blend_", "multidot", "gram", "threshold"])
+FLAT = ["moments_", "regroup", "blend_", "multidot", "gram", "threshold", "apply_mask_", "masked_step_"]
+
+
+@pytest.mark.parametrize("name", FLAT)
 def test_compiles_under_an_override(name: str) -> None:
     op = OPS[name]
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")

@@ -2,9 +2,11 @@
 """The operators.  One file per op: schema, contract, reference, fake kernel; docs/ops.md has a row for each."""
 
 from ._registry import OPS, available, backend, why_not
+from .apply_mask import apply_mask_
 from .blend import blend_
 from .evidence import evidence
 from .gram import gram
+from .masked_step import masked_step_
 from .moments import moments_
 from .multidot import multidot
 from .regroup import regroup
@@ -13,11 +15,13 @@ from .zip_match import zip_match
 
 __all__ = [
     "OPS",
+    "apply_mask_",
     "available",
     "backend",
     "blend_",
     "evidence",
     "gram",
+    "masked_step_",
     "moments_",
     "multidot",
     "regroup",
