@@ -5,6 +5,7 @@ from ._registry import OPS, available, backend, why_not
 from .blend import blend_
 from .evidence import evidence
 from .gram import gram
+from .mlp_steps import mlp_steps_
 from .moments import moments_
 from .multidot import multidot
 from .regroup import regroup
@@ -17,6 +18,7 @@ __all__ = [
     "blend_",
     "evidence",
     "gram",
+    "mlp_steps_",
     "moments_",
     "multidot",
     "regroup",
