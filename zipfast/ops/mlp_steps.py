@@ -212,8 +212,8 @@ def mlp_steps_(
             y = x[l] @ weight[l].T + bias[l]
             x.append(y.relu() if l + 1 < layers else y)
         logp = torch.log_softmax(x.pop(), 1)
-        target = torch.nn.functional.one_hot(label[rows], logp.shape[1])
-        losses.append(torch.where(valid, -(logp * target).sum(1), 0).double().sum() / count)
+        target = torch.nn.functional.one_hot(torch.where(valid, label[rows], 0), logp.shape[1])
+        losses.append(torch.where(valid, -torch.where(target > 0, logp, 0).sum(1), 0).double().sum() / count)
 
         gradient: list[Tensor] = []  # weights, then biases
         d = torch.where(valid[:, None], (logp.exp() - target) / count, 0)
