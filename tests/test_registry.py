@@ -86,7 +86,9 @@ def test_every_kernel_file_is_an_op(folder: str, suffix: str) -> None:
 
 def test_the_build_knows_which_ops_are_host_only() -> None:
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    named = {key: set(re.search(rf"set\({key} ([\w ]+)\)", text)[1].split()) for key in ("ZIPFAST_OPS", "ZIPFAST_HOST_OPS")}
+    named = {
+        key: set(re.search(rf"set\({key} ([\w ]+)\)", text)[1].split()) for key in ("ZIPFAST_OPS", "ZIPFAST_HOST_OPS")
+    }
     assert named["ZIPFAST_OPS"] == {OPS[name].stem for name in ON_DEVICE}
     assert named["ZIPFAST_HOST_OPS"] == {op.stem for op in OPS.values() if op.host_only is not None}
 
@@ -100,7 +102,9 @@ def test_a_host_only_op_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(op, "contract", lambda *args: None)
         for backend in ("cuda", "emu"):
             monkeypatch.setattr(zipfast.ops._registry, "_forced", backend)
-            with pytest.raises(RuntimeError, match=f"^{name}: there is no '{backend}' kernel: {re.escape(op.host_only)}$"):
+            with pytest.raises(
+                RuntimeError, match=f"^{name}: there is no '{backend}' kernel: {re.escape(op.host_only)}$"
+            ):
                 op()
 
 

@@ -25,7 +25,7 @@ using cpu::Wide;
 
 constexpr int64_t kPieceWork = 1 << 21;   // multiply-adds of a piece: about 50 microseconds
 constexpr int64_t kTileBytes = 24 << 10;  // activations of a tile of columns, half of a first cache or less
-constexpr int64_t kLeastRun = 4;          // survivors that a row should have in a tile
+constexpr int64_t kLeastRun = 12;         // survivors that a row should have in a tile
 constexpr int64_t kMostSide = 65536;      // columns and rows of a sparse layer are 16 bits
 
 enum class Pass { batch, forward, samples, loss, input, step };
@@ -160,11 +160,30 @@ void iterate(Net<T>& net) {
 
 inline bool alive(const uint8_t* mask, int64_t i) { return !mask || (mask[i >> 3] >> (i & 7) & 1); }
 
+inline uint64_t word(const uint8_t* mask, int64_t i) {  // 64 bits of a mask, whose length is a multiple of that
+  uint64_t bits;
+  std::memcpy(&bits, mask + 8 * i, sizeof bits);
+  return bits;
+}
+
 int64_t survivors(const uint8_t* mask, int64_t n) {
   if (!mask) return n;
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += alive(mask, i);
+  for (int64_t i = 0; i < (n + 63) / 64; ++i) count += __builtin_popcountll(word(mask, i));
   return count;
+}
+
+// Calls visit(i) for the survivors of [begin, end).
+template <class F>
+void each_alive(const uint8_t* mask, int64_t begin, int64_t end, F&& visit) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (mask) {
+      const uint64_t left = word(mask, i >> 6) >> (i & 63);
+      i = left ? i + __builtin_ctzll(left) : i | 63;
+      if (!left || i >= end) continue;
+    }
+    visit(i);
+  }
 }
 
 // What a layer owns for one call.  `full`: the tensors [out, in] of weight and states, null where there is none.
@@ -176,29 +195,25 @@ struct Held {
   std::vector<T> packed[3], gradient;
   Buffer<T> y, d, sample;
 
-  // Calls visit(index of the full tensor, row, column) for the survivors, in the order in which they are packed.
-  template <class F>
-  void each(const MlpLayer<T>& f, F&& visit) const {
-    const int64_t width = (f.in + f.tiles - 1) / f.tiles;
-    for (int64_t t = 0; t < f.tiles; ++t)
-      for (int64_t r = 0; r < f.out; ++r)
-        for (int64_t c = t * width, last = std::min(f.in, c + width); c < last; ++c)
-          if (alive(mask, r * f.in + c)) visit(t, r, c);
-  }
-
   void pack(MlpLayer<T>& f, int64_t count, int64_t width, bool by_column) {
     const int64_t most = std::max<int64_t>(1, kTileBytes / (width * int64_t(sizeof(T))));
     f.tiles = std::max<int64_t>(1, std::min((f.in + most - 1) / most, count / (kLeastRun * f.out)));
-    f.row.reserve(size_t(f.tiles * f.out + 1));
-    f.column.reserve(size_t(count + 4));
-    for (auto& p : packed) p.reserve(size_t(count + 4));
-    each(f, [&](int64_t t, int64_t r, int64_t c) {
-      while (int64_t(f.row.size()) <= t * f.out + r) f.row.push_back(uint32_t(f.column.size()));
-      f.column.push_back(uint16_t(c));
-      for (int k = 0; k < 3; ++k)
-        if (full[k]) packed[k].push_back(full[k][r * f.in + c]);
-    });
-    f.row.resize(size_t(f.tiles * f.out + 1), uint32_t(count));
+    const int64_t tile = (f.in + f.tiles - 1) / f.tiles;
+    std::vector<int64_t> from;  // where each survivor comes from
+    from.reserve(size_t(count));
+    for (int64_t t = 0; t < f.tiles; ++t)
+      for (int64_t r = 0; r < f.out; ++r) {
+        f.row.push_back(uint32_t(from.size()));
+        each_alive(mask, r * f.in + std::min(f.in, t * tile), r * f.in + std::min(f.in, (t + 1) * tile),
+                   [&](int64_t i) {
+                     from.push_back(i);
+                     f.column.push_back(uint16_t(i - r * f.in));
+                   });
+      }
+    f.row.push_back(uint32_t(count));
+    for (int k = 0; k < 3; ++k)
+      if (full[k])
+        for (int64_t i : from) packed[k].push_back(full[k][i]);
     if (by_column) {
       f.by_column.assign(size_t(f.in + 1), 0);
       for (int64_t i = 0; i < count; ++i) ++f.by_column[size_t(f.column[size_t(i)] + 1)];
@@ -226,8 +241,9 @@ struct Held {
     for (int k = 0; k < 3; ++k) {
       if (!full[k]) continue;
       std::fill(full[k], full[k] + f.out * f.in, T(0));
-      size_t i = 0;
-      each(f, [&](int64_t, int64_t r, int64_t c) { full[k][r * f.in + c] = packed[k][i++]; });
+      for (int64_t line = 0; line < f.tiles * f.out; ++line)
+        for (uint32_t i = f.row[size_t(line)]; i < f.row[size_t(line + 1)]; ++i)
+          full[k][line % f.out * f.in + f.column[i]] = packed[k][i];
     }
   }
 
@@ -360,7 +376,7 @@ void check_memory(const Parameters& p, const Tensor& data, const Tensor& label, 
     const int64_t before = l ? p.weight[l - 1].size(0) : data.size(1);
     STD_TORCH_CHECK(w.dim() == 2 && w.size(1) == before && w.is_contiguous() && p.bias[l].is_contiguous() &&
                         p.bias[l].numel() == w.size(0) && p.mask[l].is_contiguous() &&
-                        (p.mask[l].numel() == 0 || 8 * p.mask[l].numel() >= w.numel()),
+                        (p.mask[l].numel() == 0 || p.mask[l].numel() == (w.numel() + 511) / 512 * 64),
                     "mlp_steps_: malformed layer");
     for (const auto* list : {&p.first, &p.second}) {
       if (list->empty()) continue;
