@@ -8,6 +8,7 @@ evaluations; ours packs and unpacks the layers within.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def agree(ours: Tensor, theirs: Tensor, name: str) -> None:
 def job(case: Case, device: str) -> Job:
     torch.manual_seed(0)
     sizes = (case.pixels, 300, 100, 10)
-    linear = [nn.Linear(a, b, device=device) for a, b in zip(sizes, sizes[1:])]
+    linear = [nn.Linear(a, b, device=device) for a, b in itertools.pairwise(sizes)]
     alive = [torch.rand_like(layer.weight) < case.density for layer in linear]
     for layer, a in zip(linear, alive):
         layer.weight.data.mul_(a)

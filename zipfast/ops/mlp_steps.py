@@ -78,8 +78,8 @@ def _contract(
         check.check_dtype(NAME, f"mask[{l}]", m, (torch.uint8,))
         check.check_device(NAME, f"mask[{l}]", m, device)
         if tuple(m.shape) not in ((0,), (mask_bytes(weight[l].numel()),)):
-            wanted = mask_bytes(weight[l].numel())
-            raise ValueError(f"{NAME}: 'mask[{l}]' must be [{wanted}] packed bytes or [0], got {list(m.shape)}")
+            size = mask_bytes(weight[l].numel())
+            raise ValueError(f"{NAME}: 'mask[{l}]' must be [{size}] packed bytes or [0], got {list(m.shape)}")
 
     check.check_dtype(NAME, "data", data, (dtype,))
     if data.dim() != 2 or data.shape[1] != weight[0].shape[1]:
@@ -200,9 +200,9 @@ def mlp_steps_(
     layers = len(weight)
     alive = [_unpack(m, w) if m.numel() else None for m, w in zip(mask, weight)]
     for held in (weight, first[:layers], second[:layers]):
-        for t, a in zip(held, alive):
+        for p, a in zip(held, alive):
             if a is not None:
-                t.copy_(torch.where(a, t, 0))
+                p.copy_(torch.where(a, p, 0))
     losses = []
     for t in range(order.shape[0]):
         valid, rows = order[t] >= 0, order[t].clamp(min=0)
