@@ -16,6 +16,7 @@ from zipfast.ops import OPS
 from zipfast.ops._registry import Op
 
 ROOT = Path(__file__).resolve().parent.parent
+ON_DEVICE = sorted(name for name, op in OPS.items() if op.host_only is None)
 
 # Room -> the file in it, by an op's stem.
 FILES = {
@@ -31,8 +32,13 @@ FILES = {
 def empty_rooms(name: str, op: Op | None) -> Iterator[str]:
     """Every room that does not know the op called ``name``."""
     stem = name.rstrip("_")
+    host_only = op is not None and op.host_only is not None
     for room, pattern in FILES.items():
-        if not (ROOT / pattern.format(stem)).is_file():
+        there = (ROOT / pattern.format(stem)).is_file()
+        if host_only and pattern.startswith("csrc/cuda/"):
+            if there:
+                yield f"{room}: {pattern.format(stem)} is there, but the op is declared host_only"
+        elif not there:
             yield f"{room}: {pattern.format(stem)} is missing"
     docs = ROOT / "docs/ops.md"
     if not docs.is_file() or f"| `{name}` |" not in docs.read_text(encoding="utf-8"):
@@ -49,7 +55,7 @@ def empty_rooms(name: str, op: Op | None) -> Iterator[str]:
         yield "reference: not registered"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Meta") and not callable(op.fake):
         yield "fake kernel: not registered"
-    for backend in ("cpu", "emu"):
+    for backend in ("cpu",) if host_only else ("cpu", "emu"):
         if zipfast.available(backend) and not op.has(backend):
             yield f"{backend}: built, but without a kernel of it"
 
@@ -75,7 +81,31 @@ def test_an_op_of_another_file_is_missed(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("folder", "suffix"), [("csrc/cpu", ".cpp"), ("csrc/cuda", ".cu"), ("csrc/cuda", ".cpp")])
 def test_every_kernel_file_is_an_op(folder: str, suffix: str) -> None:
     stems = {path.stem for path in (ROOT / folder).glob("*" + suffix)}
-    assert stems == {op.stem for op in OPS.values()}
+    assert stems == {OPS[name].stem for name in (OPS if folder == "csrc/cpu" else ON_DEVICE)}
+
+
+def test_the_build_knows_which_ops_are_host_only() -> None:
+    text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    named = {
+        key: set(re.search(rf"set\({key} ([\w ]+)\)", text)[1].split()) for key in ("ZIPFAST_OPS", "ZIPFAST_HOST_OPS")
+    }
+    assert named["ZIPFAST_OPS"] == {OPS[name].stem for name in ON_DEVICE}
+    assert named["ZIPFAST_HOST_OPS"] == {op.stem for op in OPS.values() if op.host_only is not None}
+
+
+def test_a_host_only_op_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in set(OPS) - set(ON_DEVICE):
+        op = OPS[name]
+        assert re.fullmatch(r"[a-z].*[^.]", op.host_only) and not op.has("cuda") and not op.has("emu")
+        row = re.search(rf"^\| `{name}` \|.*$", (ROOT / "docs/ops.md").read_text(encoding="utf-8"), re.MULTILINE)
+        assert row and "host only" in row[0]
+        monkeypatch.setattr(op, "contract", lambda *args: None)
+        for backend in ("cuda", "emu"):
+            monkeypatch.setattr(zipfast.ops._registry, "_forced", backend)
+            with pytest.raises(
+                RuntimeError, match=f"^{name}: there is no '{backend}' kernel: {re.escape(op.host_only)}$"
+            ):
+                op()
 
 
 def test_every_op_file_declares_its_op() -> None:
@@ -108,8 +138,10 @@ def test_names(name: str) -> None:
     assert re.search(rf"zipfast::{name}\b", str(op.native._schema))
 
 
-@pytest.mark.parametrize("name", sorted(OPS))
-@pytest.mark.parametrize("room", ["csrc/cpu/{}.cpp", "csrc/cuda/{}.cpp"])
+@pytest.mark.parametrize(
+    ("name", "room"),
+    [(name, "csrc/cpu/{}.cpp") for name in sorted(OPS)] + [(name, "csrc/cuda/{}.cpp") for name in ON_DEVICE],
+)
 def test_host_functions_carry_the_stem(name: str, room: str) -> None:
     stem = OPS[name].stem
     text = (ROOT / room.format(stem)).read_text(encoding="utf-8")
@@ -117,7 +149,7 @@ def test_host_functions_carry_the_stem(name: str, room: str) -> None:
     assert f'm.impl("{name}"' in text
 
 
-@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.parametrize("name", ON_DEVICE)
 def test_cuda_kernels_carry_the_stem(name: str) -> None:
     stem = OPS[name].stem
     text = (ROOT / f"csrc/cuda/{stem}.cu").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from .blend import blend_
 from .evidence import evidence
 from .gram import gram
 from .masked_step import masked_step_
+from .mlp_steps import mlp_steps_
 from .moments import moments_
 from .multidot import multidot
 from .regroup import regroup
@@ -22,6 +23,7 @@ __all__ = [
     "evidence",
     "gram",
     "masked_step_",
+    "mlp_steps_",
     "moments_",
     "multidot",
     "regroup",

@@ -29,13 +29,19 @@ if _forced is not None and _forced not in BACKENDS:
 
 
 class Op:
-    """One operator; calling it runs contract, then kernel.  ``stem`` names its files in every room."""
+    """One operator; calling it runs contract, then kernel.  ``stem`` names its files in every room.
 
-    def __init__(self, schema: str, reference: Callable, contract: Callable, fake: Callable) -> None:
+    ``host_only`` is None, or the reason why the op has no CUDA kernel: its CUDA rooms stay empty, and on CUDA tensors the
+    reference serves.
+    """
+
+    def __init__(
+        self, schema: str, reference: Callable, contract: Callable, fake: Callable, host_only: str | None
+    ) -> None:
         self.schema = schema
         self.name = schema.split("(")[0]
         self.stem = self.name.rstrip("_")
-        self.reference, self.contract, self.fake = reference, contract, fake
+        self.reference, self.contract, self.fake, self.host_only = reference, contract, fake, host_only
         self.__name__, self.__doc__, self.__wrapped__ = self.name, reference.__doc__, reference
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
@@ -50,6 +56,8 @@ class Op:
             return self.native(*args)
         if _forced == "torch":
             return self.reference(*args)
+        if self.host_only is not None and _forced in ("cuda", "emu"):
+            raise RuntimeError(f"{self.name}: there is no {_forced!r} kernel: {self.host_only}")
         if _forced == "emu":
             if not available("emu"):
                 raise RuntimeError(f"{self.name}: backend 'emu' is not usable here: {why_not('emu')}")
@@ -73,15 +81,17 @@ class Op:
         return _loader.LOADED.get(backend, False) and _has_kernel(f"{NAMESPACE}::{self.name}", backend.upper())
 
 
-def op(schema: str, *, contract: Callable, fake: Callable) -> Callable[[Callable], Op]:
+def op(schema: str, *, contract: Callable, fake: Callable, host_only: str | None = None) -> Callable[[Callable], Op]:
     """Declare an operator; the decorated function is its reference.
 
     Args:
         schema: PyTorch schema, e.g. ``"double(Tensor x) -> Tensor"``; a name that ends in ``_`` writes its arguments.
         contract: called with the op's arguments; raises TypeError, ValueError or RuntimeError.
         fake: shape function for fake tensors (torch.compile, export).
+        host_only: why there is no CUDA kernel, as the end of a sentence; None where there is one.  Such an op is named in
+            ``ZIPFAST_HOST_OPS`` (CMakeLists.txt) and has no file in ``csrc/cuda``.
     """
-    return lambda reference: Op(schema, reference, contract, fake)
+    return lambda reference: Op(schema, reference, contract, fake, host_only)
 
 
 def _has_kernel(qualified: str, key: str) -> bool:
