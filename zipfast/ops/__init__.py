@@ -8,6 +8,7 @@ from .gram import gram
 from .moments import moments_
 from .multidot import multidot
 from .regroup import regroup
+from .sparse_linear import sparse_linear, sparse_linear_weight
 from .zip_match import zip_match
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "moments_",
     "multidot",
     "regroup",
+    "sparse_linear",
+    "sparse_linear_weight",
     "why_not",
     "zip_match",
 ]

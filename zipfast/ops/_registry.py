@@ -31,10 +31,10 @@ if _forced is not None and _forced not in BACKENDS:
 class Op:
     """One operator; calling it runs contract, then kernel.  ``stem`` names its files in every room."""
 
-    def __init__(self, schema: str, reference: Callable, contract: Callable, fake: Callable) -> None:
+    def __init__(self, schema: str, reference: Callable, contract: Callable, fake: Callable, stem: str | None) -> None:
         self.schema = schema
         self.name = schema.split("(")[0]
-        self.stem = self.name.rstrip("_")
+        self.stem = stem or self.name.rstrip("_")
         self.reference, self.contract, self.fake = reference, contract, fake
         self.__name__, self.__doc__, self.__wrapped__ = self.name, reference.__doc__, reference
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -73,15 +73,16 @@ class Op:
         return _loader.LOADED.get(backend, False) and _has_kernel(f"{NAMESPACE}::{self.name}", backend.upper())
 
 
-def op(schema: str, *, contract: Callable, fake: Callable) -> Callable[[Callable], Op]:
+def op(schema: str, *, contract: Callable, fake: Callable, stem: str | None = None) -> Callable[[Callable], Op]:
     """Declare an operator; the decorated function is its reference.
 
     Args:
         schema: PyTorch schema, e.g. ``"double(Tensor x) -> Tensor"``; a name that ends in ``_`` writes its arguments.
         contract: called with the op's arguments; raises TypeError, ValueError or RuntimeError.
         fake: shape function for fake tensors (torch.compile, export).
+        stem: the op whose files it shares, as a gradient does; its name then begins with that stem.
     """
-    return lambda reference: Op(schema, reference, contract, fake)
+    return lambda reference: Op(schema, reference, contract, fake, stem)
 
 
 def _has_kernel(qualified: str, key: str) -> bool:
