@@ -38,7 +38,6 @@ Buffer<T> buffer(int64_t n) {
 template <class T, int kBytes>
 struct Vector {
   typedef T type __attribute__((vector_size(kBytes)));
-  typedef T loose __attribute__((vector_size(kBytes), aligned(sizeof(T))));
 };
 
 // Samples [first, first + count), packed at `offset` as [columns][lanes]; the lanes beyond `count` are 0.
@@ -189,7 +188,7 @@ ZF_INLINE void add_eight(const acc_t* x, const scalar_t* value, const index_t* c
   const vec sample = {x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]};
   vec weight;
   if constexpr (!kOrder && std::is_same_v<scalar_t, acc_t>) {
-    weight = *reinterpret_cast<const typename Vector<acc_t, 8 * sizeof(acc_t)>::loose*>(value + i);
+    std::memcpy(&weight, value + i, sizeof weight);
   } else {
     for (int k = 0; k < 8; ++k) weight[k] = widen(value[kOrder ? int64_t(order[i + k]) : i + k]);
   }
@@ -282,11 +281,13 @@ ZF_INLINE void row_of_weights(const acc_t* x, const acc_t* grad, const index_t* 
     const acc_t* from[kLanes];
     // Beyond the end the last weight again: its product is not used.
     for (int k = 0; k < kLanes; ++k) from[k] = x + int64_t(column[k < n ? i + k : end - 1]) * kVectors * kLanes;
-    const vec found = dots<kBytes, kVectors, kLanes>(from, own);
+    vec found = dots<kBytes, kVectors, kLanes>(from, own);
     acc_t* to = sum + i;
     if (n == kLanes) {
-      auto& all = *reinterpret_cast<typename Vector<acc_t, kBytes>::loose*>(to);
-      all = first ? found : found + all;
+      vec before = {};
+      if (!first) std::memcpy(&before, to, sizeof before);
+      found += before;
+      std::memcpy(to, &found, sizeof found);
     } else {
       for (int k = 0; k < n; ++k) to[k] = first ? found[k] : to[k] + found[k];
     }
