@@ -8,7 +8,7 @@ from .gram import gram
 from .moments import moments_
 from .multidot import multidot
 from .regroup import regroup
-from .sparse_linear import sparse_linear, sparse_linear_weight
+from .sparse_linear import sparse_linear, sparse_linear_input, sparse_linear_weight
 from .zip_match import zip_match
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "multidot",
     "regroup",
     "sparse_linear",
+    "sparse_linear_input",
     "sparse_linear_weight",
     "why_not",
     "zip_match",

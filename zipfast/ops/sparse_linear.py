@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``sparse_linear``, ``sparse_linear_weight``: a linear layer whose dead weights are neither stored nor multiplied.
+"""``sparse_linear`` and its gradients ``_input`` and ``_weight``: a linear layer whose dead weights are neither stored nor multiplied.
 
 The layout is compressed rows: ``row_start`` [out + 1], ``column`` [alive], ``value`` [alive], where a column is the bit
 pattern of a uint16 held as int16 if there are at most 65536 of them, else int32.  ``pack_weight`` makes it from a weight
@@ -102,51 +102,83 @@ def _narrow(column: Tensor, columns: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- contracts
 
 
-def _check_layout(name: str, row_start: Tensor, column: Tensor, x: Tensor) -> None:
-    check.check_dtype(name, "x", x, check.FLOATING)
-    if x.dim() != 2:
-        raise ValueError(f"{name}: 'x' must be [batch, in], got {list(x.shape)}")
+def _check_layout(name: str, row_start: Tensor, column: Tensor, other: Tensor, in_features: int) -> None:
     check.check_dtype(name, "row_start", row_start, (torch.int32,))
-    check.check_device(name, "row_start", row_start, x.device)
-    if row_start.dim() != 1 or not row_start.numel():
+    check.check_device(name, "row_start", row_start, other.device)
+    if row_start.dim() != 1 or row_start.shape[0] < 1:
         raise ValueError(f"{name}: 'row_start' must be [out + 1], got {list(row_start.shape)}")
     check.check_dtype(name, "column", column, (torch.int16, torch.int32))
-    check.check_device(name, "column", column, x.device)
+    check.check_device(name, "column", column, other.device)
     if column.dim() != 1:
         raise ValueError(f"{name}: 'column' must be [alive], got {list(column.shape)}")
-    if column.dtype == torch.int16 and x.shape[1] > NARROW:
-        raise TypeError(f"{name}: 'column' must be int32 for {x.shape[1]} input features, got int16")
+    if column.dtype == torch.int16 and in_features > NARROW:
+        raise TypeError(f"{name}: 'column' must be int32 for {in_features} input features, got int16")
 
 
-def _contract(
-    row_start: Tensor, column: Tensor, value: Tensor, order: Tensor | None, x: Tensor, bias: Tensor | None
-) -> None:
-    _check_layout(STEM, row_start, column, x)
-    check.check_dtype(STEM, "value", value, (x.dtype,))
-    check.check_device(STEM, "value", value, x.device)
-    check.check_shape(STEM, "value", value, [column.numel()], "[alive]")
-    if order is not None:
-        check.check_dtype(STEM, "order", order, (torch.int32,))
-        check.check_device(STEM, "order", order, x.device)
-        check.check_shape(STEM, "order", order, [column.numel()], "[alive]")
+def _check_value(name: str, value: Tensor, column: Tensor, other: Tensor) -> None:
+    check.check_dtype(name, "value", value, (other.dtype,))
+    check.check_device(name, "value", value, other.device)
+    check.check_shape(name, "value", value, [column.numel()], "[alive]")
+
+
+def _contract(row_start: Tensor, column: Tensor, value: Tensor, x: Tensor, bias: Tensor | None) -> None:
+    check.check_dtype(STEM, "x", x, check.FLOATING)
+    if x.dim() != 2:
+        raise ValueError(f"{STEM}: 'x' must be [batch, in], got {list(x.shape)}")
+    _check_layout(STEM, row_start, column, x, x.shape[1])
+    _check_value(STEM, value, column, x)
     if bias is not None:
         check.check_dtype(STEM, "bias", bias, (x.dtype,))
         check.check_device(STEM, "bias", bias, x.device)
-        check.check_shape(STEM, "bias", bias, [row_start.numel() - 1], "[out]")
+        check.check_shape(STEM, "bias", bias, [row_start.shape[0] - 1], "[out]")
 
 
-def _fake(
-    row_start: Tensor, column: Tensor, value: Tensor, order: Tensor | None, x: Tensor, bias: Tensor | None
-) -> Tensor:
+def _fake(row_start: Tensor, column: Tensor, value: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], row_start.shape[0] - 1))
+
+
+def _input_contract(
+    row_start: Tensor, column: Tensor, value: Tensor, transposed: list[Tensor], grad: Tensor, in_features: int
+) -> None:
+    name = "sparse_linear_input"
+    check.check_dtype(name, "grad", grad, check.FLOATING)
+    if in_features < 0:
+        raise ValueError(f"{name}: 'in_features' must be at least 0, got {in_features}")
+    _check_layout(name, row_start, column, grad, in_features)
+    _check_value(name, value, column, grad)
+    rows = row_start.shape[0] - 1
+    if grad.dim() != 2 or grad.shape[1] != rows:
+        raise ValueError(f"{name}: 'grad' must be [batch, out] = [batch, {rows}], got {list(grad.shape)}")
+    if not isinstance(transposed, (list, tuple)) or len(transposed) not in (0, 3):
+        seen = len(transposed) if isinstance(transposed, (list, tuple)) else type(transposed).__name__
+        raise ValueError(f"{name}: 'transposed' must be empty or what transpose_layout returns, got {seen}")
+    if not transposed:
+        if grad.is_cuda:
+            raise ValueError(f"{name}: 'transposed' must be what transpose_layout returns on a GPU, got an empty list")
+        return
+    shapes = [in_features + 1], [column.shape[0]], [column.shape[0]]
+    narrow = torch.int16 if rows <= NARROW else torch.int32
+    for i, (t, dtype, shape) in enumerate(zip(transposed, (torch.int32, narrow, torch.int32), shapes, strict=True)):
+        check.check_dtype(name, f"transposed[{i}]", t, (dtype,))
+        check.check_device(name, f"transposed[{i}]", t, grad.device)
+        check.check_shape(name, f"transposed[{i}]", t, shape, ("[in + 1]", "[alive]", "[alive]")[i])
+
+
+def _input_fake(
+    row_start: Tensor, column: Tensor, value: Tensor, transposed: list[Tensor], grad: Tensor, in_features: int
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], in_features))
 
 
 def _weight_contract(row_start: Tensor, column: Tensor, grad: Tensor, x: Tensor) -> None:
     name = "sparse_linear_weight"
-    _check_layout(name, row_start, column, x)
+    check.check_dtype(name, "x", x, check.FLOATING)
+    if x.dim() != 2:
+        raise ValueError(f"{name}: 'x' must be [batch, in], got {list(x.shape)}")
+    _check_layout(name, row_start, column, x, x.shape[1])
     check.check_dtype(name, "grad", grad, (x.dtype,))
     check.check_device(name, "grad", grad, x.device)
-    check.check_shape(name, "grad", grad, [x.shape[0], row_start.numel() - 1], "[batch, out]")
+    check.check_shape(name, "grad", grad, [x.shape[0], row_start.shape[0] - 1], "[batch, out]")
 
 
 def _weight_fake(row_start: Tensor, column: Tensor, grad: Tensor, x: Tensor) -> Tensor:
@@ -161,25 +193,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @op(
-    "sparse_linear(Tensor row_start, Tensor column, Tensor value, Tensor? order, Tensor x, Tensor? bias) -> Tensor",
+    "sparse_linear(Tensor row_start, Tensor column, Tensor value, Tensor x, Tensor? bias) -> Tensor",
     contract=_contract,
     fake=_fake,
 )
-def sparse_linear(
-    row_start: Tensor, column: Tensor, value: Tensor, order: Tensor | None, x: Tensor, bias: Tensor | None
-) -> Tensor:
-    r"""A linear layer by its alive weights only; with the transposed layout, the gradient by its input.
+def sparse_linear(row_start: Tensor, column: Tensor, value: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    r"""A linear layer by its alive weights only.
 
-    .. math:: y_{bo} = bias_o + \sum_{i = row\_start_o}^{row\_start_{o+1} - 1} value_{order_i} \, x_{b, column_i}
-
-    With W in this layout and (r, c, p) = ``transpose_layout`` of it, dL/dx is ``sparse_linear(r, c, value, p, dL/dy, None)``:
-    no scatter, so no order of additions depends on threads.
+    .. math:: y_{bo} = bias_o + \sum_{i = row\_start_o}^{row\_start_{o+1} - 1} value_i \, x_{b, column_i}
 
     Args:
         row_start: int32 [out + 1], ascending from 0 to ``alive``.
-        column: [alive], int16 (read as unsigned; at most 65536 input features) or int32.
+        column: [alive], int16 (read as unsigned; at most 65536 input features) or int32, ascending in each row.
         value: [alive], of the dtype of ``x``.
-        order: int32 [alive], where each entry's value lies, or None: in its own place.
         x: [batch, in], float32, float64, float16 or bfloat16, any strides.
         bias: [out], of the dtype of ``x``, or None.
 
@@ -187,24 +213,66 @@ def sparse_linear(
         [batch, out], contiguous, of the dtype of ``x``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: dtype, shape, device; C++ also refuses indices that are out of range.
+        TypeError, ValueError, RuntimeError: dtype, shape, device; C++ also refuses columns that are out of range.
 
     Cost and determinism: alive · batch multiply-adds, in float32 (float64 for float64) with one rounding at the end; 6 bytes
-    read per weight in float32.  The cut depends on shapes alone: equal on every run and thread count.  A NaN or an infinity
-    of ``x`` reaches the outputs that have a weight for it (the torch reference: all of that sample).
+    read per weight in float32.  Each sum has one owner and one order: equal on every run and thread count.  A NaN or an
+    infinity of ``x`` reaches the outputs that have a weight for it (the torch reference: all of that sample).
 
     Example:
         >>> import torch
         >>> row_start, column = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([1, 2, 2], dtype=torch.int16)
-        >>> sparse_linear(row_start, column, torch.tensor([2.0, 3.0, 6.0]), None, torch.tensor([[1.0, 10.0, 100.0]]), None)
+        >>> sparse_linear(row_start, column, torch.tensor([2.0, 3.0, 6.0]), torch.tensor([[1.0, 10.0, 100.0]]), None)
         tensor([[320., 600.]])
 
     Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), §2: f(x; m ⊙ θ).
     """
     wide = _wide(x.dtype)
-    weight = unpack_weight(row_start, column, (value if order is None else value[order.long()]).to(wide), x.shape[1])
-    y = x.to(wide) @ weight.T
+    y = x.to(wide) @ unpack_weight(row_start, column, value.to(wide), x.shape[1]).T
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+@op(
+    "sparse_linear_input(Tensor row_start, Tensor column, Tensor value, Tensor[] transposed, Tensor grad, int in_features)"
+    " -> Tensor",
+    contract=_input_contract,
+    fake=_input_fake,
+    stem=STEM,
+)
+def sparse_linear_input(
+    row_start: Tensor, column: Tensor, value: Tensor, transposed: list[Tensor], grad: Tensor, in_features: int
+) -> Tensor:
+    r"""The gradient of a sparse linear layer by its input.
+
+    .. math:: dx_{bj} = \sum_{i : column_i = j} value_i \, grad_{b, row_i}
+
+    Args:
+        row_start: int32 [out + 1], ascending from 0 to ``alive``.
+        column: [alive], int16 (read as unsigned; at most 65536 input features) or int32, ascending in each row.
+        value: [alive], of the dtype of ``grad``.
+        transposed: what ``transpose_layout`` returns; only CUDA, which gathers, needs it: C++ scatters and takes [] too.
+        grad: [batch, out], the gradient by the outputs, float32, float64, float16 or bfloat16, any strides.
+        in_features: columns of the result.
+
+    Returns:
+        [batch, in_features], contiguous, of the dtype of ``grad``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: dtype, shape, device; C++ also refuses columns that are out of range.
+
+    Cost and determinism: alive · batch multiply-adds, in float32 (float64 for float64) with one rounding at the end.  Each
+    sum has one owner, which adds row after row, without atomics: equal on every run and thread count.
+
+    Example:
+        >>> import torch
+        >>> row_start, column = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([1, 2, 2], dtype=torch.int16)
+        >>> sparse_linear_input(row_start, column, torch.tensor([2.0, 3.0, 6.0]), [], torch.tensor([[1.0, 10.0]]), 3)
+        tensor([[ 0.,  2., 63.]])
+
+    Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), §2: f(x; m ⊙ θ).
+    """
+    wide = _wide(grad.dtype)
+    return (grad.to(wide) @ unpack_weight(row_start, column, value.to(wide), in_features)).to(grad.dtype)
 
 
 @op(
