@@ -75,8 +75,8 @@ struct Weight {
 // Are the columns of the entries [begin, end) in [first, last)?
 template <class index_t>
 ZF_INLINE bool sound(const Layout& l, const index_t* column, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  uint32_t most = 0;
-  for (int64_t i = begin; i < end; ++i) most = std::max(most, uint32_t(column[i]) - uint32_t(first));
+  index_t most = 0;  // columns before `first` wrap around: no tile is as wide as they end up large
+  for (int64_t i = begin; i < end; ++i) most = std::max(most, index_t(column[i] - index_t(first)));
   const bool fine = begin == end || int64_t(most) < last - first;
   if (!fine) l.wrong->store(true, std::memory_order_relaxed);
   return fine;
