@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from .._version import __version__
+from ..checkpoint import atomic_write
 from ..ops._check import FLOATING, words
 from ..ops.sparse_linear import NARROW, pack_weight, transpose_layout, unpack_weight
 
@@ -407,13 +407,9 @@ def _read() -> dict[str, Crossover]:
 def _write(key: str, found: Crossover) -> None:
     entries = {k: vars(c) for k, c in (_read() | {key: found}).items()}
     path = _path()
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".crossover.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
+        with atomic_write(path, "w") as f:
             json.dump(entries, f, indent=1)
-        os.replace(temporary, path)
     except OSError:  # a folder that cannot be written: it is measured again next time
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        pass
