@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// sparse_linear, sparse_linear_input and sparse_linear_weight on the CPU: a linear layer over its alive weights, in compressed rows with
-// 16-bit columns (Frankle & Carbin 2019, section 2).
+// sparse_linear, sparse_linear_input and sparse_linear_weight on the CPU: a linear layer over its alive weights, in
+// compressed rows with 16-bit columns (Frankle & Carbin 2019, section 2).
 //
 // A batch is packed once into chunks of `lanes` samples, [columns][lanes], so that each weight is one broadcast and a
 // few multiply-adds on samples that lie side by side; the sums of a row stay in registers.  One sample alone is
@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <utility>
 
 #include "cpu/lanes.h"
 #include "cpu/simd.h"
@@ -26,6 +25,9 @@ using cpu::Buffer;
 using cpu::buffer;
 using cpu::Chunk;
 using cpu::kWidest;
+using cpu::row_of_lanes;
+using cpu::row_of_weights;
+using cpu::scatter_lanes;
 using cpu::Vector;
 
 constexpr int64_t kRows = 32, kPackColumns = 256;
@@ -80,36 +82,6 @@ ZF_INLINE bool sound(const Layout& l, const index_t* column, int64_t begin, int6
   const bool fine = begin == end || int64_t(most) < last - first;
   if (!fine) l.wrong->store(true, std::memory_order_relaxed);
   return fine;
-}
-
-// One row times kVectors vectors of samples; kChains sums each, as a sum must not wait for the one before it.
-template <int kBytes, int kVectors, int kChains, class scalar_t, class acc_t, class index_t>
-ZF_INLINE void row_of_lanes(const acc_t* x, const scalar_t* value, const index_t* column,
-                            int64_t i, int64_t end, acc_t* y) {
-  using vec = typename Vector<acc_t, kBytes>::type;
-  constexpr int64_t kLanes = kVectors * kBytes / int64_t(sizeof(acc_t));
-  vec sum[kChains][kVectors] = {};
-  for (; i + kChains <= end; i += kChains)
-#pragma GCC unroll 8
-    for (int c = 0; c < kChains; ++c) {
-      const vec* from = reinterpret_cast<const vec*>(x + int64_t(column[i + c]) * kLanes);
-      const acc_t weight = widen(value[i + c]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[c][v] += from[v] * weight;
-    }
-  for (; i < end; ++i) {
-    const vec* from = reinterpret_cast<const vec*>(x + int64_t(column[i]) * kLanes);
-    const acc_t weight = widen(value[i]);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[0][v] += from[v] * weight;
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    vec total = sum[0][v];
-#pragma GCC unroll 8
-    for (int c = 1; c < kChains; ++c) total += sum[c][v];
-    reinterpret_cast<vec*>(y)[v] = total;
-  }
 }
 
 template <class scalar_t, class index_t>
@@ -210,22 +182,6 @@ ZF_INLINE void forward_layouts(const Forward<scalar_t>& f, int64_t begin, int64_
   f.layout.narrow ? forward_tasks(f, narrow, begin, end) : forward_tasks(f, wide, begin, end);
 }
 
-// One row's weights between two columns, added to a tile: tile [columns][lanes], grad [lanes].
-template <int kBytes, int kVectors, class scalar_t, class acc_t, class index_t>
-ZF_INLINE void scatter_lanes(const acc_t* grad, const scalar_t* value, const index_t* column, int64_t i, int64_t end,
-                             acc_t* tile) {
-  using vec = typename Vector<acc_t, kBytes>::type;
-  vec own[kVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) own[v] = reinterpret_cast<const vec*>(grad)[v];
-  for (; i < end; ++i) {
-    vec* to = reinterpret_cast<vec*>(tile + int64_t(column[i]) * (kVectors * kBytes / int64_t(sizeof(acc_t))));
-    const acc_t weight = widen(value[i]);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) to[v] += own[v] * weight;
-  }
-}
-
 // Columns [first, last) of one chunk (count = lanes = 1: of the one sample), all rows in their order.
 template <class scalar_t, class acc_t, class index_t>
 ZF_INLINE void scatter_tile(const Input<scalar_t>& g, const index_t* column, const Chunk& chunk, int64_t first,
@@ -281,60 +237,6 @@ ZF_INLINE void input_layouts(const Input<scalar_t>& g, int64_t begin, int64_t en
   g.layout.narrow ? input_tasks(g, narrow, begin, end) : input_tasks(g, wide, begin, end);
 }
 
-// Blocks of kHalf lanes: those of a and b in turn, the lower and the upper halves of their blocks of 2 kHalf added.
-template <int kHalf, class vec, int... lane>
-ZF_INLINE vec fold(const vec& a, const vec& b, std::integer_sequence<int, lane...>) {
-  constexpr int n = sizeof...(lane);
-  return __builtin_shufflevector(a, b, (lane / kHalf % 2 * n + lane / kHalf / 2 * 2 * kHalf + lane % kHalf)...) +
-         __builtin_shufflevector(a, b, (lane / kHalf % 2 * n + lane / kHalf / 2 * 2 * kHalf + lane % kHalf + kHalf)...);
-}
-
-// The dot products of kCount weights, `kStride` apart, with the row's gradient: summed across lanes depth first, so
-// that few partial sums are alive; product k ends in lanes k of the kCount blocks.
-template <int kBytes, int kVectors, int kCount, class acc_t>
-ZF_INLINE typename Vector<acc_t, kBytes>::type dots(const acc_t* const* x,
-                                                    const typename Vector<acc_t, kBytes>::type* grad) {
-  using vec = typename Vector<acc_t, kBytes>::type;
-  constexpr int kLanes = kBytes / int(sizeof(acc_t)), kStride = kLanes / kCount;
-  if constexpr (kCount == 1) {
-    const vec* from = reinterpret_cast<const vec*>(*x);
-    vec sum = from[0] * grad[0];
-#pragma GCC unroll 8
-    for (int v = 1; v < kVectors; ++v) sum += from[v] * grad[v];
-    return sum;
-  } else {
-    const vec even = dots<kBytes, kVectors, kCount / 2>(x, grad);
-    const vec odd = dots<kBytes, kVectors, kCount / 2>(x + kStride, grad);
-    return fold<kStride>(even, odd, std::make_integer_sequence<int, kLanes>());
-  }
-}
-
-template <int kBytes, int kVectors, class acc_t, class index_t>
-ZF_INLINE void row_of_weights(const acc_t* x, const acc_t* grad, const index_t* column, int64_t i, int64_t end,
-                              acc_t* sum, bool first) {
-  using vec = typename Vector<acc_t, kBytes>::type;
-  constexpr int kLanes = kBytes / int(sizeof(acc_t));
-  vec own[kVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) own[v] = reinterpret_cast<const vec*>(grad)[v];
-  for (; i < end; i += kLanes) {
-    const int n = int(std::min<int64_t>(kLanes, end - i));
-    const acc_t* from[kLanes];
-    // Beyond the end the last weight again: its product is not used.
-    for (int k = 0; k < kLanes; ++k) from[k] = x + int64_t(column[k < n ? i + k : end - 1]) * kVectors * kLanes;
-    vec found = dots<kBytes, kVectors, kLanes>(from, own);
-    acc_t* to = sum + i;
-    if (n == kLanes) {
-      vec before = {};
-      if (!first) std::memcpy(&before, to, sizeof before);
-      found += before;
-      std::memcpy(to, &found, sizeof found);
-    } else {
-      for (int k = 0; k < n; ++k) to[k] = first ? found[k] : to[k] + found[k];
-    }
-  }
-}
-
 template <class scalar_t, class index_t>
 ZF_INLINE void weight_tasks(const Weight<scalar_t>& w, const index_t* column, int64_t begin, int64_t end) {
   using acc_t = typename Accumulate<scalar_t>::type;
@@ -373,13 +275,13 @@ ZF_INLINE void weight_layouts(const Weight<scalar_t>& w, int64_t begin, int64_t 
     weight_tasks(w, static_cast<const uint32_t*>(w.layout.column), begin, end);
 }
 
-#define ZF_SPARSE_RUN(scalar_t)                                                                                      \
-  ZF_MULTIVERSION void run(const Forward<scalar_t>& f, int64_t b, int64_t e) { forward_layouts(f, b, e); }            \
-  ZF_MULTIVERSION void run(const Input<scalar_t>& g, int64_t b, int64_t e) { input_layouts(g, b, e); }                \
-  ZF_MULTIVERSION void run(const Weight<scalar_t>& w, int64_t b, int64_t e) { weight_layouts(w, b, e); }              \
-  ZF_MULTIVERSION void run_pack(const scalar_t* x, int64_t columns, const Chunk& chunk,                               \
-                                Accumulate<scalar_t>::type* packed, int64_t b, int64_t e) {                           \
-    cpu::pack_columns(x, columns, chunk, packed, b, e);                                                                    \
+#define ZF_SPARSE_RUN(scalar_t)                                                                            \
+  ZF_MULTIVERSION void run(const Forward<scalar_t>& f, int64_t b, int64_t e) { forward_layouts(f, b, e); } \
+  ZF_MULTIVERSION void run(const Input<scalar_t>& g, int64_t b, int64_t e) { input_layouts(g, b, e); }     \
+  ZF_MULTIVERSION void run(const Weight<scalar_t>& w, int64_t b, int64_t e) { weight_layouts(w, b, e); }   \
+  ZF_MULTIVERSION void run_pack(const scalar_t* x, int64_t columns, const Chunk& chunk,                    \
+                                Accumulate<scalar_t>::type* packed, int64_t b, int64_t e) {                \
+    cpu::pack_columns(x, columns, chunk, packed, b, e);                                                    \
   }
 ZF_SPARSE_RUN(float)
 ZF_SPARSE_RUN(double)
@@ -437,8 +339,8 @@ int64_t grain_of(int64_t blocks, int64_t alive, int64_t lanes) {
   return std::max<int64_t>(1, kGrain * blocks / std::max<int64_t>(1, alive * lanes));
 }
 
-Tensor sparse_linear_cpu(const Tensor& row_start_, const Tensor& column_, const Tensor& value_,
-                         const Tensor& x_, const std::optional<Tensor>& bias_) {
+Tensor sparse_linear_cpu(const Tensor& row_start_, const Tensor& column_, const Tensor& value_, const Tensor& x_,
+                         const std::optional<Tensor>& bias_) {
   const Tensor row_start = as_contiguous(row_start_), column = as_contiguous(column_), value = as_contiguous(value_);
   const Tensor x = as_contiguous(x_);
   std::optional<Tensor> bias;
@@ -482,12 +384,9 @@ Tensor sparse_linear_input_cpu(const Tensor& row_start_, const Tensor& column_, 
   dispatch(dtype_of("sparse_linear_input", grad), [&](auto* tag) {
     using scalar_t = std::remove_pointer_t<decltype(tag)>;
     const Packed<scalar_t> packed(grad, batch, layout.rows);
-    const Input<scalar_t> input{layout,
-                                static_cast<const scalar_t*>(value.const_data_ptr()),
-                                packed.chunk(),
-                                packed.chunks(),
-                                packed.data,
-                                static_cast<scalar_t*>(out.mutable_data_ptr())};
+    const Input<scalar_t> input{layout,         static_cast<const scalar_t*>(value.const_data_ptr()),
+                                packed.chunk(), packed.chunks(),
+                                packed.data,    static_cast<scalar_t*>(out.mutable_data_ptr())};
     const int64_t units = (columns + kUnit - 1) / kUnit;
     torch::stable::parallel_for(0, units, grain_of(units, layout.alive, std::max<int64_t>(batch, 1)),
                                 [&](int64_t begin, int64_t end) { run(input, begin, end); });
@@ -511,10 +410,10 @@ Tensor sparse_linear_weight_cpu(const Tensor& row_start_, const Tensor& column_,
     using acc_t = typename Accumulate<scalar_t>::type;
     const std::vector<Chunk> x_chunk = cpu::chunks_of(batch, columns, sizeof(acc_t));
     const std::vector<Chunk> grad_chunk = cpu::chunks_of(batch, layout.rows, sizeof(acc_t));
-    const Buffer<acc_t> packed_x = pack<scalar_t, acc_t>(static_cast<const scalar_t*>(x.const_data_ptr()), columns,
-                                                         x_chunk);
-    const Buffer<acc_t> packed_grad = pack<scalar_t, acc_t>(static_cast<const scalar_t*>(grad.const_data_ptr()),
-                                                            layout.rows, grad_chunk);
+    const Buffer<acc_t> packed_x =
+        pack<scalar_t, acc_t>(static_cast<const scalar_t*>(x.const_data_ptr()), columns, x_chunk);
+    const Buffer<acc_t> packed_grad =
+        pack<scalar_t, acc_t>(static_cast<const scalar_t*>(grad.const_data_ptr()), layout.rows, grad_chunk);
     auto* to = static_cast<scalar_t*>(out.mutable_data_ptr());
     Buffer<acc_t> sum;
     if (!std::is_same_v<scalar_t, acc_t>) sum = buffer<acc_t>(layout.alive);

@@ -64,8 +64,7 @@ Tensor sparse_linear_input_cuda(const Tensor&, const Tensor& column, const Tenso
                   "sparse_linear_input: malformed 'transposed'");
   CudaScope scope(grad);
   std::vector<Tensor> keep;
-  cuda::SparseJob job =
-      job_of("sparse_linear_input", transposed[0], transposed[1], grad.size(1), grad.size(0), keep);
+  cuda::SparseJob job = job_of("sparse_linear_input", transposed[0], transposed[1], grad.size(1), grad.size(0), keep);
   keep.push_back(as_contiguous(transposed[2]));
   job.order = keep.back().const_data_ptr<int32_t>();
   return multiply("sparse_linear_input", job, value, grad, std::nullopt, keep, scope);
@@ -85,7 +84,8 @@ Tensor sparse_linear_weight_cuda(const Tensor& row_start, const Tensor& column, 
   }
   Tensor out = torch::stable::new_empty(x, {job.alive});
   job.out = out.mutable_data_ptr();
-  check_launch("sparse_linear_weight", cuda::sparse_linear_weight(dtype_of("sparse_linear_weight", x), job, scope.stream));
+  check_launch("sparse_linear_weight",
+               cuda::sparse_linear_weight(dtype_of("sparse_linear_weight", x), job, scope.stream));
   return out;
 }
 

@@ -136,8 +136,7 @@ __global__ void sparse_linear_weight_gather_kernel(const __grid_constant__ Spars
   const scalar_t* grad = static_cast<const scalar_t*>(job.grad) + row_of(job, i);
   const scalar_t* x = static_cast<const scalar_t*>(job.x) + column_at(job, i);
   acc_t sum = 0;
-  for (long long s = 0; s < job.batch; ++s)
-    sum += acc_t(widen(grad[s * job.rows])) * acc_t(widen(x[s * job.columns]));
+  for (long long s = 0; s < job.batch; ++s) sum += acc_t(widen(grad[s * job.rows])) * acc_t(widen(x[s * job.columns]));
   static_cast<scalar_t*>(job.out)[i] = narrow<scalar_t>(double(sum));
 }
 

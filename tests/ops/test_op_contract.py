@@ -186,7 +186,9 @@ def test_compiles_without_graph_break(name: str, device: str) -> None:
         same(outcome(compiled, args), outcome(op, args))
 
 
-@pytest.mark.parametrize("name", ["moments_", "regroup", "blend_", "multidot", "gram", "sparse_linear", "sparse_linear_weight"])
+@pytest.mark.parametrize(
+    "name", ["moments_", "regroup", "blend_", "multidot", "gram", "sparse_linear", "sparse_linear_weight"]
+)
 def test_compiles_under_an_override(name: str) -> None:
     op = OPS[name]
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")

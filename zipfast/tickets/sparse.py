@@ -345,7 +345,10 @@ def prefer_sparse(
     sparse = density < limit
     said = "below" if sparse else "not below"
     name = f"{rows}x{columns}, batch {samples}, {words([dtype])}" + (f", {threads} threads" if threads else "")
-    return sparse, f"{'sparse' if sparse else 'dense'}: density {density:.3g} is {said} {limit:.3g}, measured for {name}"
+    return (
+        sparse,
+        f"{'sparse' if sparse else 'dense'}: density {density:.3g} is {said} {limit:.3g}, measured for {name}",
+    )
 
 
 def _bucket(n: int) -> int:
