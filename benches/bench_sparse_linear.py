@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``sparse_linear`` and its gradients against the dense layer, and against torch's CSR product.
 
-Forward: a layer of 4096 x 4096 and one of 300 x 784 at 80, 90 and 95 % sparsity; training: forward and both gradients at a
-batch of 64.  The dense peer multiplies the masked matrix, mask already applied; CSR is MKL's where torch has it.  The floor is
-reading values and columns once, or two operations for each weight and sample.
+Forward: a layer of 4096 x 4096 and one of 300 x 784 at 80, 90 and 95 % sparsity; training: forward and both gradients at
+a batch of 64.  The dense peer multiplies the masked matrix, mask already applied; CSR is MKL's where torch has it.  The
+floor is reading values and columns once, or two operations for each weight and sample.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ REQUIRED = tuple(filter(None, os.environ.get("ZIPFAST_REQUIRE", "").replace(" ",
 # (op, quantity, dtype of the input) -> absolute tolerance, behind it the worst error seen and where.  Sums and
 # co-moments are compared after division by their own scale, total_i / sqrt(samples · square_i) and
 # comoment_ij / sqrt(square_i · square_j), with square_i the float64 sum of (x_i - c_i)²; correlations are compared as
-# they are.  Sums of sparse_linear are compared after division by the sum of their terms' absolute values.  What has no row is compared bitwise: regroup and zip_match altogether.
+# they are.  Sums of sparse_linear are divided by the sum of the magnitudes of their terms.  What has no row is compared
+# bitwise: regroup and zip_match altogether.
 TOLERANCES: dict[tuple[str, str, torch.dtype], float] = {
     ("moments_", "total", torch.float64): 1e-13,  # 0: these sums come out exact
     ("moments_", "total", torch.float32): 5e-7,  # 1.5e-7: test_sizes, cpu, 31 features

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``sparse_linear`` and its gradients ``_input`` and ``_weight``: a linear layer whose dead weights are neither stored nor multiplied.
+"""``sparse_linear`` and its gradients: a linear layer whose dead weights are neither stored nor multiplied.
 
 The layout is compressed rows: ``row_start`` [out + 1], ``column`` [alive], ``value`` [alive], where a column is the bit
 pattern of a uint16 held as int16 if there are at most 65536 of them, else int32.  ``pack_weight`` makes it from a weight
@@ -296,10 +296,10 @@ def sparse_linear_weight(row_start: Tensor, column: Tensor, grad: Tensor, x: Ten
         [alive], of the dtype of ``x``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: dtype, shape, device; C++ also refuses indices that are out of range.
+        TypeError, ValueError, RuntimeError: dtype, shape, device; C++ also refuses columns that are out of range.
 
-    Cost and determinism: alive · batch multiply-adds, in float32 (float64 for float64) with one rounding at the end.  The cut
-    depends on shapes alone: equal on every run and thread count.
+    Cost and determinism: alive · batch multiply-adds, in float32 (float64 for float64) with one rounding at the end.  Each
+    sum has one owner and one order: equal on every run and thread count.
 
     Example:
         >>> import torch

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse linear layers: only weights that are alive are stored, multiplied and trained.
 
-``SparseLinear.from_linear(linear, packed_mask)`` takes the place of an ``nn.Linear``; its parameter ``value`` holds the alive
-weights, so that gradients and optimizer state have that size too.  ``prefer_sparse`` says whether it pays: from a crossover
-that is measured once for each kind of shape, then remembered.
+``SparseLinear.from_linear(linear, packed_mask)`` takes the place of an ``nn.Linear``; its parameter ``value`` holds the
+alive weights, so that gradients and optimizer state have that size too.  ``prefer_sparse`` says whether it pays: from a
+crossover that is measured once for each kind of shape, then remembered.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -152,8 +153,8 @@ def linear(weight: SparseWeight, x: Tensor, bias: Tensor | None = None, *, trans
 class SparseLinear(nn.Module):
     """A linear layer that holds its alive weights only; made by ``from_linear``.
 
-    ``value`` [alive] and ``bias`` are parameters, ``row_start`` and ``column`` buffers; all four make the state dict, and a state
-    dict with another mask of the same layer may be loaded (``value`` is then a new parameter: make optimizers after it).
+    ``value`` [alive] and ``bias`` are parameters, ``row_start`` and ``column`` buffers; all four make the state dict, and
+    one with another mask of the same layer may be loaded (``value`` is then a new parameter: make optimizers after it).
 
     Example:
         >>> import torch
@@ -167,6 +168,9 @@ class SparseLinear(nn.Module):
     row_start: Tensor
     column: Tensor
     bias: nn.Parameter | None
+    t_row_start: Tensor | None
+    t_column: Tensor | None
+    t_order: Tensor | None
 
     def __init__(self, weight: SparseWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -218,7 +222,9 @@ class SparseLinear(nn.Module):
             self.register_buffer(name, t, persistent=False)
 
     def _transposed(self) -> tuple[Tensor, ...]:
-        return () if self.t_row_start is None else (self.t_row_start, self.t_column, self.t_order)
+        if self.t_row_start is None or self.t_column is None or self.t_order is None:
+            return ()
+        return self.t_row_start, self.t_column, self.t_order
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
@@ -286,11 +292,10 @@ def measure_crossover(
     with torch.no_grad():
         weight = torch.zeros(rows, in_features, dtype=dtype, device=device)
         dense = _time(lambda: F.linear(x, weight), share, x.device)
-        del weight
         times = {}
         for density in densities:
             layout = _regular(rows, in_features, density, generator, dtype, device)
-            times[density] = _time(lambda layout=layout: ops.sparse_linear(*layout, x, None), share, x.device)
+            times[density] = _time(functools.partial(ops.sparse_linear, *layout, x, None), share, x.device)
     before, at = 0.0, 0.0  # density and time of the sparse pass: nothing takes no time
     found = 1.0
     for density, t in times.items():
@@ -312,8 +317,8 @@ def prefer_sparse(
 ) -> tuple[bool, str]:
     """Whether ``SparseLinear`` is faster than ``nn.Linear`` here, and why.
 
-    Answers from a crossover measured once (``measure_crossover``) for each bucket of shapes (powers of 2), batch, dtype, number of
-    threads and machine, kept in ``$XDG_CACHE_HOME/zipfast/crossover.json``.
+    Answers from a crossover measured once (``measure_crossover``) for each bucket of shapes (powers of 2), batch, dtype,
+    number of threads and machine, kept in ``$XDG_CACHE_HOME/zipfast/crossover.json``.
 
     Returns:
         (decision, one sentence).
