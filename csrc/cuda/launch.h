@@ -252,6 +252,32 @@ cudaError_t threshold_ties(const ThresholdJob& job, cudaStream_t stream);
 cudaError_t threshold_share(const ThresholdGroups& job, cudaStream_t stream);
 cudaError_t threshold_write(const ThresholdJob& job, cudaStream_t stream);
 
+// --- sparse_linear
+// ----------------------------------------------------------------------------------------------------
+constexpr int kSparseFew = 16;  // samples up to which a warp gathers from them as they lie
+#ifdef ZF_EMU
+constexpr int kSparseThreads = 64;
+#else
+constexpr int kSparseThreads = 256;
+#endif
+
+struct SparseJob {
+  const int32_t* row_start;  // [rows + 1]
+  const void* column;        // [alive] uint16 or int32
+  const int32_t* order;      // [alive], where values lie, or null: in their own place
+  const void* value;         // [alive]
+  const void* bias;          // [rows] or null
+  const void* x;             // [batch, columns]
+  const void* grad;          // [batch, rows], of the weight gradient
+  void* packed_x;            // [columns, batch] where batch > kSparseFew
+  void* packed_grad;         // [rows, batch] likewise, of the weight gradient
+  void* out;                 // [batch, rows] or [alive]
+  long long rows, columns, alive, batch;
+  bool narrow;
+};
+cudaError_t sparse_linear(DType dtype, const SparseJob& job, cudaStream_t stream);
+cudaError_t sparse_linear_weight(DType dtype, const SparseJob& job, cudaStream_t stream);
+
 // --- zip_match
 // --------------------------------------------------------------------------------------------------------
 constexpr int kMatchSpaces = 32;

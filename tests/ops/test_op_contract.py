@@ -15,6 +15,7 @@ import zipfast
 from zipfast.ops import OPS
 from zipfast.ops.blend import FINITE
 from zipfast.ops.moments import NO_BAD_VALUE
+from zipfast.ops.sparse_linear import transpose_layout
 
 
 def accumulators(*features: int, models: int, device: str) -> tuple[list, list, list]:
@@ -148,6 +149,36 @@ def mlp_steps_samples(device: str, grad: bool) -> Iterator[tuple]:
     yield weight, bias, mask, [], [], *rows(4, torch.float64), "sgd", 0.0, 0.0, 0.0, 0.0, False, 0, 0.0
 
 
+def sparse_layout(device: str) -> tuple:
+    mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    row, column = mask.nonzero(as_tuple=True)
+    row_start = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=6).cumsum(0)]).int()
+    return row_start.to(device), column.short().to(device)
+
+
+def sparse_linear_samples(device: str, grad: bool) -> Iterator[tuple]:
+    start, column = sparse_layout(device)
+    value = torch.randn(len(column), device=device, requires_grad=grad)
+    yield start, column, value, torch.randn(3, 5, device=device), torch.randn(6, device=device)
+    x = torch.randn(5, 2, device=device, dtype=torch.float64, requires_grad=grad).T
+    yield start, column.int(), value.double(), x, None
+
+
+def sparse_linear_input_samples(device: str, grad: bool) -> Iterator[tuple]:
+    start, column = sparse_layout(device)
+    value = torch.randn(len(column), device=device, requires_grad=grad)
+    transposed = list(transpose_layout(start, column, 5))
+    yield start, column, value, transposed, torch.randn(3, 6, device=device), 5
+    yield start, column, value.bfloat16(), transposed, torch.randn(1, 6, device=device).bfloat16(), 5
+
+
+def sparse_linear_weight_samples(device: str, grad: bool) -> Iterator[tuple]:
+    start, column = sparse_layout(device)
+    x = torch.randn(3, 5, device=device, requires_grad=grad)
+    yield start, column, torch.randn(3, 6, device=device), x
+    yield start, column.int(), torch.randn(6, 3, device=device).T.half(), x.half()
+
+
 SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "moments_": moments_samples,
     "zip_match": zip_match_samples,
@@ -160,6 +191,9 @@ SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "apply_mask_": apply_mask_samples,
     "masked_step_": masked_step_samples,
     "mlp_steps_": mlp_steps_samples,
+    "sparse_linear": sparse_linear_samples,
+    "sparse_linear_input": sparse_linear_input_samples,
+    "sparse_linear_weight": sparse_linear_weight_samples,
 }
 WRITTEN = {"moments_": 3, "blend_": 2, "apply_mask_": 1, "masked_step_": 3}  # the first arguments, in place
 NO_GPU = pytest.mark.skipif(not zipfast.available("cuda"), reason=str(zipfast.ops.why_not("cuda")))
@@ -222,6 +256,7 @@ def test_compiles_without_graph_break(name: str, device: str) -> None:
 
 
 FLAT = ["moments_", "regroup", "blend_", "multidot", "gram", "threshold", "apply_mask_", "masked_step_", "mlp_steps_"]
+FLAT += ["sparse_linear", "sparse_linear_weight"]
 
 
 @pytest.mark.parametrize("name", FLAT)

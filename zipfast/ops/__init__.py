@@ -12,6 +12,7 @@ from .moments import moments_
 from .multidot import multidot
 from .regroup import regroup
 from .threshold import threshold
+from .sparse_linear import sparse_linear, sparse_linear_input, sparse_linear_weight
 from .zip_match import zip_match
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "multidot",
     "regroup",
     "threshold",
+    "sparse_linear",
+    "sparse_linear_input",
+    "sparse_linear_weight",
     "why_not",
     "zip_match",
 ]

@@ -36,11 +36,17 @@ class Op:
     """
 
     def __init__(
-        self, schema: str, reference: Callable, contract: Callable, fake: Callable, host_only: str | None
+        self,
+        schema: str,
+        reference: Callable,
+        contract: Callable,
+        fake: Callable,
+        host_only: str | None,
+        stem: str | None,
     ) -> None:
         self.schema = schema
         self.name = schema.split("(")[0]
-        self.stem = self.name.rstrip("_")
+        self.stem = stem or self.name.rstrip("_")
         self.reference, self.contract, self.fake, self.host_only = reference, contract, fake, host_only
         self.__name__, self.__doc__, self.__wrapped__ = self.name, reference.__doc__, reference
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -81,7 +87,9 @@ class Op:
         return _loader.LOADED.get(backend, False) and _has_kernel(f"{NAMESPACE}::{self.name}", backend.upper())
 
 
-def op(schema: str, *, contract: Callable, fake: Callable, host_only: str | None = None) -> Callable[[Callable], Op]:
+def op(
+    schema: str, *, contract: Callable, fake: Callable, host_only: str | None = None, stem: str | None = None
+) -> Callable[[Callable], Op]:
     """Declare an operator; the decorated function is its reference.
 
     Args:
@@ -90,8 +98,9 @@ def op(schema: str, *, contract: Callable, fake: Callable, host_only: str | None
         fake: shape function for fake tensors (torch.compile, export).
         host_only: why there is no CUDA kernel, as the end of a sentence; None where there is one.  Such an op is named in
             ``ZIPFAST_HOST_OPS`` (CMakeLists.txt) and has no file in ``csrc/cuda``.
+        stem: the op whose files it shares, as a gradient does; its name then begins with that stem.
     """
-    return lambda reference: Op(schema, reference, contract, fake, host_only)
+    return lambda reference: Op(schema, reference, contract, fake, host_only, stem)
 
 
 def _has_kernel(qualified: str, key: str) -> bool:

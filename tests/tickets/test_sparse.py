@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse linear layers: gradients, compilation, state dicts, and when they are preferred."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import zipfast
+from zipfast.ops import sparse_linear, sparse_linear_input
+from zipfast.ops.sparse_linear import transpose_layout
+from zipfast.tickets import sparse
+from zipfast.tickets.sparse import Crossover, SparseLinear, SparseWeight, measure_crossover, prefer_sparse
+
+
+def packed(mask: torch.Tensor) -> torch.Tensor:
+    bits = torch.zeros(-(-mask.numel() // 512) * 512, dtype=torch.uint8)
+    bits[: mask.numel()] = mask.flatten()
+    return (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
+
+
+def some_mask(out: int, columns: int, density: float = 0.3) -> torch.Tensor:
+    return torch.rand(out, columns, generator=torch.Generator().manual_seed(out + columns)) < density
+
+
+def pair(out: int = 7, columns: int = 11, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple:
+    """A masked nn.Linear and the sparse layer of it."""
+    torch.manual_seed(0)
+    dense, mask = nn.Linear(columns, out, bias, dtype=dtype), some_mask(out, columns)
+    with torch.no_grad():
+        dense.weight.mul_(mask)
+    return dense, SparseLinear.from_linear(dense, packed(mask)), mask
+
+
+def test_round_trip() -> None:
+    weight, mask = torch.randn(9, 70), some_mask(9, 70)
+    weight[0, mask[0].nonzero()[0]] = 0.0  # alive although it is 0
+    found = SparseWeight.from_dense(weight, packed(mask))
+    assert torch.equal(found.to_dense(), weight.where(mask, torch.zeros(())))
+    assert found.value.numel() == mask.sum() and found.shape == (9, 70)
+    assert found.density == mask.sum().item() / 630
+    assert found.nbytes == 4 * 10 + 6 * found.value.numel()
+    assert SparseWeight.from_dense(torch.randn(0, 5), torch.zeros(0, dtype=torch.uint8)).density == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (0,), (2, 0, 3)])
+def test_forward_and_gradients_as_dense(lead: tuple, bias: bool) -> None:
+    dense, layer, mask = pair(bias=bias)
+    x = torch.randn(*lead, 11)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [m(v) for m, v in zip((dense, layer), inputs, strict=True)]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    for y in outputs:
+        (y * y.detach().cos()).sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    torch.testing.assert_close(layer.value.grad, dense.weight.grad[mask])
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradcheck(transposed: bool) -> None:
+    _, layer, _ = pair(4, 5, torch.float64)
+    parts = transpose_layout(layer.row_start, layer.column, 5) if transposed else ()
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+
+    def call(value: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return sparse.linear(SparseWeight(layer.row_start, layer.column, value, 5), x, bias, transposed=parts)
+
+    inputs = layer.value, x, layer.bias
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_only_wanted_gradients() -> None:
+    _, layer, _ = pair()
+    layer.requires_grad_(False)
+    x = torch.randn(3, 11, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and layer.value.grad is None and layer.bias.grad is None
+    assert not layer(x.detach()).requires_grad
+
+
+def test_compiles_in_one_graph() -> None:
+    torch._dynamo.reset()
+    _, first, _ = pair(7, 11)
+    _, second, _ = pair(3, 7)
+    model = nn.Sequential(first, nn.ReLU(), second)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    for batch in (4, 4, 9):
+        x = torch.randn(batch, 2, 11)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [m(v) for m, v in zip((model, compiled), inputs, strict=True)]
+        assert torch.equal(*outputs)
+        for y in outputs:
+            y.square().sum().backward()
+        assert torch.equal(inputs[0].grad, inputs[1].grad)
+    for a, b in zip(model.parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_trains_as_a_masked_dense_layer() -> None:
+    dense, layer, mask = pair(dtype=torch.float64)
+    x, y = torch.randn(20, 11, dtype=torch.float64), torch.randn(20, 7, dtype=torch.float64)
+    for module in (dense, layer):
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (module(x) - y).square().mean().backward()
+            if module is dense:
+                dense.weight.grad *= mask
+            optimizer.step()
+    torch.testing.assert_close(layer.weight.to_dense(), dense.weight.detach() * mask)
+
+
+def test_to_linear_copies_and_state_dicts() -> None:
+    dense, layer, _ = pair()
+    again = layer.to_linear()
+    assert type(again) is nn.Linear and torch.equal(again.weight, dense.weight) and torch.equal(again.bias, dense.bias)
+    assert set(layer.state_dict()) == {"value", "bias", "row_start", "column"}
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(torch.ones(2, 11)), layer(torch.ones(2, 11)))
+    other = SparseLinear.from_linear(nn.Linear(11, 7), packed(torch.ones(7, 11, dtype=torch.bool)))  # another mask
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(torch.ones(2, 11)), layer(torch.ones(2, 11)))
+    assert other.double()(torch.ones(2, 11).double()).dtype == torch.float64
+    assert "alive=" in repr(layer)
+
+
+def test_autocast() -> None:
+    _, layer, _ = pair()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(2, 11, dtype=torch.bfloat16)).dtype == torch.float32
+    with pytest.raises(TypeError, match="'value' must be bfloat16, got float32"):
+        layer(torch.ones(2, 11, dtype=torch.bfloat16))
+
+
+def test_transposed_layout_is_the_gradient() -> None:
+    _, layer, _ = pair(40, 33)
+    row_start, column, order = transpose_layout(layer.row_start, layer.column, 33)
+    grad, value = torch.randn(3, 40), layer.value.detach()
+    want = sparse_linear_input(layer.row_start, layer.column, value, [], grad, 33)
+    torch.testing.assert_close(sparse_linear(row_start, column, value[order.long()], grad, None), want)
+
+
+# ------------------------------------------------------------------------------------------------------------- crossover
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sparse, "_known", {})
+    return tmp_path / "zipfast" / "crossover.json"
+
+
+def test_measured_crossover() -> None:
+    found = measure_crossover(64, 100, 4, densities=(0.1, 0.5), budget_s=0.002)
+    assert 0 <= found.density <= 1 and found.dense_ms > 0 and set(found.sparse_ms) == {"0.1", "0.5"}
+    with pytest.raises(ValueError, match=r"'densities' must ascend in \(0, 1\], got \[0.5, 0.1\]"):
+        measure_crossover(4, 4, 1, densities=(0.5, 0.1))
+    with pytest.raises(ValueError, match=r"must be at least 1, got \[4, 0, 1\]"):
+        measure_crossover(4, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("times", "want"),
+    [([1.0, 2.0, 6.0], 0.2 + 0.2 * 0.5), ([5.0, 6.0, 7.0], 0.0), ([1.0, 2.0, 3.0], 1.0)],
+)
+def test_where_lines_meet(monkeypatch: pytest.MonkeyPatch, times: list, want: float) -> None:
+    given = iter([4.0, *times])  # the dense pass first
+    monkeypatch.setattr(sparse, "_time", lambda *_: next(given))
+    assert measure_crossover(8, 8, 1, densities=(0.1, 0.2, 0.4)).density == pytest.approx(want)
+
+
+def test_preference_is_measured_once(cpu_backend: str, cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def measure(*args: object, **options: object) -> Crossover:
+        calls.append(args)
+        return Crossover(0.3, 1.0, {"0.1": 0.5})
+
+    monkeypatch.setattr(sparse, "measure_crossover", measure)
+    decision, reason = prefer_sparse(300, 784, 0.1, 5)
+    assert decision
+    assert reason.startswith("sparse: density 0.1 is below 0.3, measured for 512x1024, batch 8, float32, ")
+    assert prefer_sparse(512, 1000, 0.3, 7)[0] is False and len(calls) == 1
+    monkeypatch.setattr(sparse, "_known", {})
+    assert prefer_sparse(300, 784, 0.1, 5)[0] and len(calls) == 1  # from the file
+    assert len(json.loads(cache.read_text())) == 1 and len(list(cache.parent.iterdir())) == 1
+    prefer_sparse(300, 784, 0.1, 5, torch.float64)
+    assert len(calls) == 2 and len(json.loads(cache.read_text())) == 2
+    monkeypatch.setattr(sparse, "_known", {})
+    cache.write_text("{ not json")
+    assert prefer_sparse(300, 784, 0.1, 5)[0] and len(calls) == 3
+
+
+def test_preference_where_nothing_can_be_written(cpu_backend: str, cache) -> None:
+    cache.parent.write_text("a file where the folder should be")
+    assert isinstance(prefer_sparse(8, 8, 0.5, 1)[0], bool)
+
+
+def test_reasons_without_measuring(cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prefer_sparse(8, 8, 0.5, 1, torch.int32) == (
+        False,
+        "dense: sparse layers are float32, float64, float16 or bfloat16, not int32",
+    )
+    assert "no kernels for it" in prefer_sparse(8, 8, 0.5, 1, device="meta")[1]
+    if not zipfast.available("cuda"):
+        decision, reason = prefer_sparse(8, 8, 0.5, 1, device="cuda")
+        assert not decision and "need compiled kernels, and there are none for cuda" in reason
+    with pytest.raises(ValueError, match=r"'density' must be in \[0, 1\], got 1.5"):
+        prefer_sparse(8, 8, 1.5, 1)
+    with pytest.raises(ValueError, match=r"must be at least 1, got \[0, 8, 1\]"):
+        prefer_sparse(0, 8, 0.5, 1)
+    assert not cache.exists()
