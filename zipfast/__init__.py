@@ -6,7 +6,7 @@
 True
 """
 
-from . import checkpoint, compat, features, merging, ops, ranking, soups, states, zoo
+from . import checkpoint, compat, features, merging, ops, ranking, soups, states, tickets, zoo
 from ._version import __version__
 from .merging import (
     Groups,
@@ -27,6 +27,7 @@ from .merging import (
 from .ops import _loader, available, backend
 from .ranking import Basis, FeatureStats, LogME, LogMEMonitor, logme, rank
 from .soups import LearnedSoup, greedy_soup, uniform_soup, wise_ft
+from .tickets import Lottery, Masks, lottery
 
 _loader.load_all()
 
@@ -38,6 +39,8 @@ __all__ = [
     "LogME",
     "LogMEMonitor",
     "LogitEnsemble",
+    "Lottery",
+    "Masks",
     "Merged",
     "Moments",
     "MultiHead",
@@ -54,6 +57,7 @@ __all__ = [
     "find_spaces",
     "greedy_soup",
     "logme",
+    "lottery",
     "match",
     "match_permutation",
     "merge",
@@ -64,6 +68,7 @@ __all__ = [
     "reestimate_batchnorm",
     "soups",
     "states",
+    "tickets",
     "uniform_soup",
     "wise_ft",
     "zoo",

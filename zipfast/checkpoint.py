@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,29 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync(target.parent)  # the rename itself must reach the disk too
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name at the end of the block; on an exception it is deleted.
+
+    Raises:
+        OSError: the folder above cannot be written, or `path` is there already.
+    """
+    target = Path(path)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(target.parent)
 
 
 def _sync(path: str | Path) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import zipfast
 from zipfast.ops import sparse_linear, sparse_linear_input, sparse_linear_weight
-from zipfast.ops.sparse_linear import columns_of, pack_weight, rows_of, transpose_layout, unpack_mask, unpack_weight
+from zipfast.ops._mask import unpack
+from zipfast.ops.sparse_linear import columns_of, pack_weight, rows_of, transpose_layout, unpack_weight
 
 F32, F64, F16, BF16 = DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ROUNDING = {F32: 0.0, F64: 0.0, F16: 2.0**-11, BF16: 2.0**-8}  # of the one rounding of the result
@@ -146,7 +147,7 @@ def test_layout() -> None:
     start, column, value = pack_weight(weight, packed(mask))
     assert start.tolist() == [0, 2, 2, 4] and column.tolist() == [1, 2, 0, 2] and value.tolist() == [0.0, 2.0, 3.0, 0.0]
     assert rows_of(start, column).tolist() == [0, 0, 2, 2]
-    assert torch.equal(unpack_mask(packed(mask), (3, 3)), mask)
+    assert torch.equal(unpack(packed(mask), (3, 3)), mask)
     dense = unpack_weight(start, column, value, 3)
     assert torch.equal(dense, weight.where(mask, torch.zeros(())))
     assert not dense[~mask].signbit().any()

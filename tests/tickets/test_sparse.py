@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
 from torch import nn
 
-import zipfast
 from zipfast.ops import sparse_linear, sparse_linear_input
 from zipfast.ops.sparse_linear import transpose_layout
-from zipfast.tickets import sparse
-from zipfast.tickets.sparse import Crossover, SparseLinear, SparseWeight, measure_crossover, prefer_sparse
+from zipfast.tickets import SparseLinear, SparseWeight
+from zipfast.tickets.sparse import linear
 
 
 def packed(mask: torch.Tensor) -> torch.Tensor:
@@ -70,7 +68,7 @@ def test_gradcheck(transposed: bool) -> None:
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
 
     def call(value: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return sparse.linear(SparseWeight(layer.row_start, layer.column, value, 5), x, bias, transposed=parts)
+        return linear(SparseWeight(layer.row_start, layer.column, value, 5), x, bias, transposed=parts)
 
     inputs = layer.value, x, layer.bias
     assert torch.autograd.gradcheck(call, inputs)
@@ -146,75 +144,3 @@ def test_transposed_layout_is_the_gradient() -> None:
     grad, value = torch.randn(3, 40), layer.value.detach()
     want = sparse_linear_input(layer.row_start, layer.column, value, [], grad, 33)
     torch.testing.assert_close(sparse_linear(row_start, column, value[order.long()], grad, None), want)
-
-
-# ------------------------------------------------------------------------------------------------------------- crossover
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sparse, "_known", {})
-    return tmp_path / "zipfast" / "crossover.json"
-
-
-def test_measured_crossover() -> None:
-    found = measure_crossover(64, 100, 4, densities=(0.1, 0.5), budget_s=0.002)
-    assert 0 <= found.density <= 1 and found.dense_ms > 0 and set(found.sparse_ms) == {"0.1", "0.5"}
-    with pytest.raises(ValueError, match=r"'densities' must ascend in \(0, 1\], got \[0.5, 0.1\]"):
-        measure_crossover(4, 4, 1, densities=(0.5, 0.1))
-    with pytest.raises(ValueError, match=r"must be at least 1, got \[4, 0, 1\]"):
-        measure_crossover(4, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("times", "want"),
-    [([1.0, 2.0, 6.0], 0.2 + 0.2 * 0.5), ([5.0, 6.0, 7.0], 0.0), ([1.0, 2.0, 3.0], 1.0)],
-)
-def test_where_lines_meet(monkeypatch: pytest.MonkeyPatch, times: list, want: float) -> None:
-    given = iter([4.0, *times])  # the dense pass first
-    monkeypatch.setattr(sparse, "_time", lambda *_: next(given))
-    assert measure_crossover(8, 8, 1, densities=(0.1, 0.2, 0.4)).density == pytest.approx(want)
-
-
-def test_preference_is_measured_once(cpu_backend: str, cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def measure(*args: object, **options: object) -> Crossover:
-        calls.append(args)
-        return Crossover(0.3, 1.0, {"0.1": 0.5})
-
-    monkeypatch.setattr(sparse, "measure_crossover", measure)
-    decision, reason = prefer_sparse(300, 784, 0.1, 5)
-    assert decision
-    assert reason.startswith("sparse: density 0.1 is below 0.3, measured for 512x1024, batch 8, float32, ")
-    assert prefer_sparse(512, 1000, 0.3, 7)[0] is False and len(calls) == 1
-    monkeypatch.setattr(sparse, "_known", {})
-    assert prefer_sparse(300, 784, 0.1, 5)[0] and len(calls) == 1  # from the file
-    assert len(json.loads(cache.read_text())) == 1 and len(list(cache.parent.iterdir())) == 1
-    prefer_sparse(300, 784, 0.1, 5, torch.float64)
-    assert len(calls) == 2 and len(json.loads(cache.read_text())) == 2
-    monkeypatch.setattr(sparse, "_known", {})
-    cache.write_text("{ not json")
-    assert prefer_sparse(300, 784, 0.1, 5)[0] and len(calls) == 3
-
-
-def test_preference_where_nothing_can_be_written(cpu_backend: str, cache) -> None:
-    cache.parent.write_text("a file where the folder should be")
-    assert isinstance(prefer_sparse(8, 8, 0.5, 1)[0], bool)
-
-
-def test_reasons_without_measuring(cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert prefer_sparse(8, 8, 0.5, 1, torch.int32) == (
-        False,
-        "dense: sparse layers are float32, float64, float16 or bfloat16, not int32",
-    )
-    assert "no kernels for it" in prefer_sparse(8, 8, 0.5, 1, device="meta")[1]
-    if not zipfast.available("cuda"):
-        decision, reason = prefer_sparse(8, 8, 0.5, 1, device="cuda")
-        assert not decision and "need compiled kernels, and there are none for cuda" in reason
-    with pytest.raises(ValueError, match=r"'density' must be in \[0, 1\], got 1.5"):
-        prefer_sparse(8, 8, 1.5, 1)
-    with pytest.raises(ValueError, match=r"must be at least 1, got \[0, 8, 1\]"):
-        prefer_sparse(0, 8, 0.5, 1)
-    assert not cache.exists()

@@ -11,8 +11,8 @@ from .mlp_steps import mlp_steps_
 from .moments import moments_
 from .multidot import multidot
 from .regroup import regroup
-from .threshold import threshold
 from .sparse_linear import sparse_linear, sparse_linear_input, sparse_linear_weight
+from .threshold import threshold
 from .zip_match import zip_match
 
 __all__ = [
@@ -28,10 +28,10 @@ __all__ = [
     "moments_",
     "multidot",
     "regroup",
-    "threshold",
     "sparse_linear",
     "sparse_linear_input",
     "sparse_linear_weight",
+    "threshold",
     "why_not",
     "zip_match",
 ]

@@ -20,6 +20,29 @@ def mask_bytes(size: int) -> int:
     return 64 * ((size + 511) // 512)
 
 
+def pack(alive: Tensor) -> Tensor:
+    """The packed mask of booleans, in flat order."""
+    flat = alive.reshape(-1).to(torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 512))
+    place = torch.arange(8, dtype=torch.uint8, device=alive.device)
+    return (padded.reshape(-1, 8) << place).sum(1, dtype=torch.uint8)
+
+
+def unpack(mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """The booleans of this shape that a packed mask stands for."""
+    size = 1
+    for side in shape:
+        size *= side
+    bits = mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits & 1).reshape(-1)[:size].bool().reshape(tuple(shape))
+
+
+def popcount(mask: Tensor) -> int:
+    """How many weights are alive."""
+    table = torch.tensor([bin(i).count("1") for i in range(256)], device=mask.device)
+    return int(table[mask.long()].sum())
+
+
 def check_masks(op: str, name: str, masks: Sequence[Tensor], tensors: Sequence[Tensor], like: str) -> None:
     """One mask for each of ``tensors`` (the argument ``like``), or an empty list."""
     check_list(op, name, masks, len(tensors), like)
@@ -56,6 +79,5 @@ def masked(value: Tensor, mask: Sequence[Tensor], j: int) -> Tensor:
     """``value`` where mask j says alive, +0 elsewhere (also where it is NaN)."""
     if not mask or not mask[j].numel():
         return value
-    bits = mask[j][:, None] >> torch.arange(8, dtype=torch.uint8, device=value.device)
-    alive = (bits & 1).bool().reshape(-1)[: value.numel()].reshape(value.shape)
+    alive = unpack(mask[j], value.shape)
     return torch.where(alive, value, torch.zeros_like(value))

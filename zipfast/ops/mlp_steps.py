@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
+from ._mask import mask_bytes, unpack
 from ._registry import op
 
 NAME = "mlp_steps_"
@@ -93,11 +94,6 @@ def _contract(
     check.check_shape(NAME, "lr", lr, [order.shape[0]], "[T]")
     for name, t in (("data", data), ("label", label), ("order", order), ("lr", lr)):
         check.check_device(NAME, name, t, device)
-
-
-def mask_bytes(n: int) -> int:
-    """Bytes of a packed mask of n weights: whole blocks of 64."""
-    return 64 * ((n + 511) // 512)
 
 
 def _fake(
@@ -198,7 +194,7 @@ def mlp_steps_(
     Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), section 2; Kingma & Ba 2015 (Adam), algorithm 1.
     """
     layers = len(weight)
-    alive = [_unpack(m, w) if m.numel() else None for m, w in zip(mask, weight)]
+    alive = [unpack(m, w.shape) if m.numel() else None for m, w in zip(mask, weight)]
     for held in (weight, first[:layers], second[:layers]):
         for p, a in zip(held, alive):
             if a is not None:
@@ -239,9 +235,3 @@ def mlp_steps_(
             a = alive[i] if i < layers else None
             w.copy_(moved if a is None else torch.where(a, moved, 0))
     return torch.stack(losses) if losses else lr.new_empty(0)
-
-
-def _unpack(mask: Tensor, weight: Tensor) -> Tensor:
-    """Booleans in the shape of the weight."""
-    bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    return bits.reshape(-1)[: weight.numel()].reshape(weight.shape).bool()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
+from ._mask import unpack
 from ._registry import op
 
 STEM = "sparse_linear"
@@ -20,13 +21,6 @@ MAX_ALIVE = (1 << 31) - 1
 
 
 # -------------------------------------------------------------------------------------------------------------- layout
-
-
-def unpack_mask(packed_mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The bool mask of ``shape`` that a packed one (LSB first, padded to 64 bytes) stands for."""
-    size = shape[0] * shape[1]
-    bits = packed_mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed_mask.device)
-    return (bits & 1).flatten()[:size].bool().reshape(shape)
 
 
 def pack_weight(weight: Tensor, packed_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +50,7 @@ def pack_weight(weight: Tensor, packed_mask: Tensor) -> tuple[Tensor, Tensor, Te
     check.check_dtype(name, "packed_mask", packed_mask, (torch.uint8,))
     check.check_device(name, "packed_mask", packed_mask, weight.device)
     check.check_shape(name, "packed_mask", packed_mask, [(weight.numel() + 511) // 512 * 64], "[64·ceil(out·in / 512)]")
-    mask = unpack_mask(packed_mask, (weight.shape[0], weight.shape[1]))
+    mask = unpack(packed_mask, weight.shape)
     row, column = mask.nonzero(as_tuple=True)
     if len(row) > MAX_ALIVE:
         raise ValueError(f"{name}: 'packed_mask' must have at most {MAX_ALIVE} bits set, got {len(row)}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
+from ._mask import mask_bytes, pack, unpack
 from ._registry import op
 
 NAME = "threshold"
@@ -27,7 +28,7 @@ def _contract(score: list[Tensor], mask: list[Tensor], drop: list[int], group: l
     for i, t in enumerate(mask):
         check.check_dtype(NAME, f"mask[{i}]", t, (torch.uint8,))
         check.check_device(NAME, f"mask[{i}]", t, device)
-        check.check_shape(NAME, f"mask[{i}]", t, [_bytes(score[i])], "64·ceil(n / 512) bytes")
+        check.check_shape(NAME, f"mask[{i}]", t, [mask_bytes(score[i].numel())], "64·ceil(n / 512) bytes")
     if not drop:
         raise ValueError(f"{NAME}: 'drop' must hold one number for each group, got none")
     for g, k in enumerate(drop):
@@ -45,7 +46,7 @@ def _contract(score: list[Tensor], mask: list[Tensor], drop: list[int], group: l
 
 
 def _fake(score: list[Tensor], mask: list[Tensor], drop: list[int], group: list[int]) -> tuple[list[Tensor], Tensor]:
-    kept = [t.new_empty((_bytes(t),), dtype=torch.uint8) for t in score]
+    kept = [t.new_empty((mask_bytes(t.numel()),), dtype=torch.uint8) for t in score]
     return kept, score[0].new_empty((len(score) + len(drop),), dtype=torch.int64)
 
 
@@ -96,7 +97,7 @@ def threshold(
     Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), §1: "prune p% of the parameters"; by magnitude,
     layer by layer or over all of them (§4).
     """
-    alive = [_unpack(mask[j], t.numel()) if mask else _all(t) for j, t in enumerate(score)]
+    alive = [unpack(mask[j], (t.numel(),)) if mask else _all(t) for j, t in enumerate(score)]
     kept = [a.clone() for a in alive]
     status = torch.full((len(score) + len(drop),), FINITE, device=score[0].device)
     for j, t in enumerate(score):
@@ -117,25 +118,8 @@ def threshold(
         for j, part in zip(members, keep.split([score[j].numel() for j in members])):
             kept[j] = part
         status[len(score) + g] = live.sum()
-    return [_pack(k) for k in kept], status
-
-
-def _bytes(t: Tensor) -> int:
-    return 64 * ((t.numel() + 511) // 512)
+    return [pack(k) for k in kept], status
 
 
 def _all(t: Tensor) -> Tensor:
     return torch.ones(t.numel(), dtype=torch.bool, device=t.device)
-
-
-def _unpack(packed: Tensor, n: int) -> Tensor:
-    """bool [n] from a packed mask."""
-    place = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, None] >> place) & 1).reshape(-1)[:n].bool()
-
-
-def _pack(alive: Tensor) -> Tensor:
-    """A packed mask from bool [n]."""
-    padded = torch.nn.functional.pad(alive.to(torch.uint8), (0, -alive.numel() % 512))
-    place = torch.arange(8, dtype=torch.uint8, device=alive.device)
-    return (padded.reshape(-1, 8) << place).sum(1, dtype=torch.uint8)

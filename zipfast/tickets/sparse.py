@@ -8,27 +8,17 @@ crossover that is measured once for each kind of shape, then remembered.
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import ops
-from .._version import __version__
-from ..checkpoint import atomic_write
-from ..ops._check import FLOATING, words
-from ..ops.sparse_linear import NARROW, pack_weight, transpose_layout, unpack_weight
+from ..ops.sparse_linear import pack_weight, transpose_layout, unpack_weight
 
-__all__ = ["Crossover", "SparseLinear", "SparseWeight", "linear", "measure_crossover", "prefer_sparse"]
+__all__ = ["SparseLinear", "SparseWeight", "linear"]
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -239,185 +229,3 @@ class SparseLinear(nn.Module):
             self.column = self.column.new_empty(column.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._transpose()
-
-
-# ------------------------------------------------------------------------------------------------------------- crossover
-
-DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
-PROBE_ELEMENTS = 1 << 24  # of the dense weight that is timed: larger layers are timed by some of their rows
-_known: dict[str, Crossover] = {}
-
-
-@dataclass(frozen=True)
-class Crossover:
-    """What was measured: below ``density`` the sparse forward pass was faster than the dense one."""
-
-    density: float
-    dense_ms: float
-    sparse_ms: dict[str, float]  # density -> time
-
-
-def measure_crossover(
-    out_features: int,
-    in_features: int,
-    batch: int,
-    dtype: torch.dtype = torch.float32,
-    *,
-    device: str | torch.device = "cpu",
-    densities: Sequence[float] = DENSITIES,
-    budget_s: float = 0.05,
-) -> Crossover:
-    """Time the dense forward pass against the sparse one at a few densities; nothing is remembered.
-
-    Args:
-        out_features, in_features, batch, dtype, device: the layer and how it is called.
-        densities: ascending, in (0, 1].
-        budget_s: seconds of timed calls, about; every call runs at least twice.
-
-    Returns:
-        the density at which the times, joined by straight lines, meet: 0 if dense always wins, 1 if sparse does.
-
-    Raises:
-        ValueError: shapes or densities out of range.
-    """
-    if min(out_features, in_features, batch) < 1:
-        shape = [out_features, in_features, batch]
-        raise ValueError(f"measure_crossover: 'out_features', 'in_features', 'batch' must be at least 1, got {shape}")
-    if not densities or list(densities) != sorted(densities) or not 0 < densities[0] <= densities[-1] <= 1:
-        raise ValueError(f"measure_crossover: 'densities' must ascend in (0, 1], got {list(densities)}")
-    rows = max(1, min(out_features, PROBE_ELEMENTS // in_features))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, in_features, generator=generator).to(device, dtype)
-    share = budget_s / (len(densities) + 1)
-    with torch.no_grad():
-        weight = torch.zeros(rows, in_features, dtype=dtype, device=device)
-        dense = _time(lambda: F.linear(x, weight), share, x.device)
-        times = {}
-        for density in densities:
-            layout = _regular(rows, in_features, density, generator, dtype, device)
-            times[density] = _time(functools.partial(ops.sparse_linear, *layout, x, None), share, x.device)
-    before, at = 0.0, 0.0  # density and time of the sparse pass: nothing takes no time
-    found = 1.0
-    for density, t in times.items():
-        if t >= dense:
-            found = 0.0 if before == 0.0 else before + (density - before) * (dense - at) / max(t - at, 1e-12)
-            break
-        before, at = density, t
-    return Crossover(found, dense * 1e3, {str(d): t * 1e3 for d, t in times.items()})
-
-
-def prefer_sparse(
-    out_features: int,
-    in_features: int,
-    density: float,
-    batch: int,
-    dtype: torch.dtype = torch.float32,
-    *,
-    device: str | torch.device = "cpu",
-) -> tuple[bool, str]:
-    """Whether ``SparseLinear`` is faster than ``nn.Linear`` here, and why.
-
-    Answers from a crossover measured once (``measure_crossover``) for each bucket of shapes (powers of 2), batch, dtype,
-    number of threads and machine, kept in ``$XDG_CACHE_HOME/zipfast/crossover.json``.
-
-    Returns:
-        (decision, one sentence).
-
-    Raises:
-        ValueError: a shape below 1, a density outside [0, 1].
-    """
-    if min(out_features, in_features, batch) < 1:
-        shape = [out_features, in_features, batch]
-        raise ValueError(f"prefer_sparse: 'out_features', 'in_features', 'batch' must be at least 1, got {shape}")
-    if not 0 <= density <= 1:
-        raise ValueError(f"prefer_sparse: 'density' must be in [0, 1], got {density}")
-    place = torch.device(device)
-    if dtype not in FLOATING:
-        return False, f"dense: sparse layers are {words(FLOATING)}, not {words([dtype])}"
-    if place.type not in ("cpu", "cuda") or not ops.available(place.type):
-        reason = ops.why_not(place.type) if place.type in ("cpu", "cuda") else "no kernels for it"
-        return False, f"dense: sparse layers need compiled kernels, and there are none for {place.type}: {reason}"
-    rows, columns, samples = _bucket(out_features), _bucket(in_features), min(_bucket(batch), 256)
-    threads = torch.get_num_threads() if place.type == "cpu" else 0
-    where = platform.processor() or platform.machine() if place.type == "cpu" else torch.cuda.get_device_name(place)
-    key = f"{rows}x{columns} b{samples} {words([dtype])} t{threads} {where} {torch.__version__} {__version__}"
-    if key not in _known:
-        _known.update(_read())
-    if key not in _known:
-        _known[key] = measure_crossover(rows, columns, samples, dtype, device=device)
-        _write(key, _known[key])
-    limit = _known[key].density
-    sparse = density < limit
-    said = "below" if sparse else "not below"
-    name = f"{rows}x{columns}, batch {samples}, {words([dtype])}" + (f", {threads} threads" if threads else "")
-    return (
-        sparse,
-        f"{'sparse' if sparse else 'dense'}: density {density:.3g} is {said} {limit:.3g}, measured for {name}",
-    )
-
-
-def _bucket(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _regular(
-    rows: int,
-    columns: int,
-    density: float,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    device: str | torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layout whose rows have the same length: cheap to make, as fast as a random mask."""
-    each = max(1, round(columns * density))
-    place = (torch.arange(each) + torch.rand(rows, each, generator=generator)) * (columns / each)
-    column = place.long().clamp(max=columns - 1).flatten()
-    narrow = (column - (column >> 15 << 16)).short() if columns <= NARROW else column.int()
-    row_start = torch.arange(rows + 1, dtype=torch.int32) * each
-    return row_start.to(device), narrow.to(device), torch.ones(len(column), dtype=dtype, device=device)
-
-
-def _time(call: Callable[[], Any], share_s: float, device: torch.device) -> float:
-    """The least of a few runs: neighbours only ever add time."""
-    call()
-    best, begin = float("inf"), time.perf_counter()
-    for _ in range(50):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        end = time.perf_counter()
-        best = min(best, end - start)
-        if end - begin > share_s:
-            break
-    return best
-
-
-def _path() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "zipfast" / "crossover.json"
-
-
-def _read() -> dict[str, Crossover]:
-    """What is remembered; a file that cannot be read is one that remembers nothing, as all of it can be measured again."""
-    try:
-        entries = json.loads(_path().read_text(encoding="utf-8"))
-        return {
-            str(key): Crossover(float(e["density"]), float(e["dense_ms"]), dict(e["sparse_ms"]))
-            for key, e in entries.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _write(key: str, found: Crossover) -> None:
-    entries = {k: vars(c) for k, c in (_read() | {key: found}).items()}
-    path = _path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, "w") as f:
-            json.dump(entries, f, indent=1)
-    except OSError:  # a folder that cannot be written: it is measured again next time
-        pass

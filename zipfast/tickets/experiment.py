@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lottery-ticket experiments: train, prune, rewind, again (Frankle & Carbin 2019; Frankle et al. 2020), with their controls.
+
+Each training is a folder that appears whole: out/seed-S/KIND/level-LL with model.safetensors (θ_T), masks.safetensors and
+result.json. A killed run goes on from the last one, and inside it from its last checkpoint; a finished run does nothing.
+
+    ticket    level 0 is the dense network; level L prunes the network of level L - 1 and rewinds it to θ_k
+    reinit    the ticket's masks, other initial weights
+    random    as many survivors in each layer, elsewhere, from θ_k
+    oneshot   the dense network pruned to the level's density at once, from θ_k
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from .. import checkpoint
+from .crossover import mlp_crossover
+from .masks import Masks, Rates
+from .results import Lottery, Training
+from .task import Batches, Task, seed_of
+from .training import TRAINERS, Trained, train, why_not_mlp
+
+CONTROLS = ("reinit", "random", "oneshot")
+KINDS = ("ticket", *CONTROLS)
+GROWS = ("levels", "seeds", "controls", "control_levels")  # settings that a later run may add to
+State: TypeAlias = dict[str, torch.Tensor]
+Make: TypeAlias = Callable[[], tuple[State, Masks, int]]  # initial state, masks, the iteration it stands at
+MASKS, MODEL, RESULT = "masks.safetensors", "model.safetensors", "result.json"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that the trainings of an experiment share."""
+
+    task: Task
+    out: Path
+    rates: dict[str, float]
+    scope: str
+    rewind: int
+    every: int
+    mode: str
+    trainer: str
+    sparse_below: float
+    ones: Masks
+    checkpoint_seconds: float
+    identity: str
+    progress: Callable[[str, int, int, int], None] | None
+
+
+def lottery(
+    task: Task,
+    *,
+    out: str | Path,
+    levels: int = 20,
+    rates: Rates = 0.2,
+    scope: str = "layer",
+    output: float | None = None,
+    rewind: int = 0,
+    controls: Sequence[str] = (),
+    control_levels: Sequence[int] | None = None,
+    seeds: Sequence[int] = (0,),
+    every: int = 100,
+    mode: str = "grad",
+    trainer: str = "auto",
+    only: str | None = None,
+    ignore: str | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: Callable[[str, int, int, int], None] | None = None,
+) -> Lottery:
+    """Find lottery tickets by iterative magnitude pruning, and compare them with their controls.
+
+    Args:
+        task: network, data, optimiser.
+        out: folder of the experiment; made where it is not there, gone on with where it is.
+        levels: rounds of pruning; level 0 is the dense network.
+        rates: fraction of the survivors that goes in each round, one for all layers or by name or regular expression over
+            whole names; a layer of rate 0, or without one, is never pruned and does not count in the density;
+            :func:`zipfast.tickets.rate_for` gives that of a final density.
+        scope: ``"layer"``: of each layer; ``"global"``: of all together.
+        output: factor of the rate of the last layer, where `rates` is one number; by default 0.5 for ``"layer"`` (as LeNet
+            and Conv-2/4/6 in the paper), 0 for ``"global"`` (as its ResNet-18 and VGG-19).
+        rewind: k; survivors go back to their weights after k iterations of the dense training (biases, norms and their
+            statistics too), and the schedule and the data go on from there, with a fresh optimiser.
+        controls: any of ``"reinit"``, ``"random"``, ``"oneshot"``.
+        control_levels: their levels; None: all from 1 on.
+        seeds: replicates: initial weights and order of the data.
+        every: iterations between looks at the validation data.
+        mode: where masks act, see :class:`zipfast.tickets.MaskedOptimizer`; ``"forward"`` is open_lth's.
+        trainer: see :func:`zipfast.tickets.train`.
+        only, ignore: regular expressions over the names of the weights to prune.
+        checkpoint_seconds: between checkpoints within a training.
+        progress: called with (kind, seed, level, iteration).
+
+    Returns:
+        :class:`Lottery`, read from the folder.
+
+    Raises:
+        ValueError: a folder of other settings (says which differ); a checkpoint that is damaged; what :class:`Masks` and
+            :class:`Task` refuse. OSError: the folder cannot be written.
+
+    Cost: levels + 1 trainings per seed, and one per control and level; the ``mlp`` trainer's fall with the density.
+
+    Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), §1-4; Frankle et al. 2020 (arXiv 1912.05671), §3.
+    """
+    folder = Path(out)
+    for control in controls:
+        if control not in CONTROLS:
+            raise ValueError(f"lottery: 'controls' must be of {', '.join(CONTROLS)}, got {control!r}")
+    if levels < 0 or not seeds:
+        raise ValueError(f"lottery: 'levels' must be 0 or more and there must be a seed, got {levels} and {len(seeds)}")
+    if not 0 <= rewind < task.iterations:
+        raise ValueError(f"lottery: 'rewind' must be in [0, {task.iterations}), got {rewind}")
+    if trainer not in TRAINERS:
+        raise ValueError(f"lottery: 'trainer' must be one of {', '.join(TRAINERS)}, got {trainer!r}")
+    wanted = range(1, levels + 1) if control_levels is None else control_levels
+    if any(not 1 <= level <= levels for level in wanted):
+        raise ValueError(f"lottery: 'control_levels' must be in [1, {levels}], got {list(wanted)}")
+
+    model = task.network(seeds[0])
+    masks = Masks.ones(model, only=only, ignore=ignore)
+    found = {name: rate for name, rate in _rates(masks, rates, scope, output).items() if rate > 0}
+    if not found:
+        raise ValueError("lottery: a rate must be above 0 for one layer at least, got 0 for all")
+    masks = Masks({n: masks.bits[n] for n in found}, {n: masks.shapes[n] for n in found}, masks.facts)
+    masks.prune(model, found, scope=scope)  # whatever it refuses is said now, and not after the first training
+    settings = {
+        "iterations": task.iterations, "rates": found, "scope": scope, "rewind": rewind, "every": every, "mode": mode,
+        "trainer": trainer, **_about(task, model), "levels": levels, "seeds": list(seeds), "controls": list(controls),
+        "control_levels": list(wanted),
+    }  # fmt: skip
+    sparse = why_not_mlp(task, model, mode) is None and trainer != "torch"
+    settings = _kept(folder, settings, lambda: mlp_crossover(model) if sparse else 0.0)
+    identity = hashlib.sha256(
+        json.dumps({k: v for k, v in settings.items() if k not in GROWS}, sort_keys=True).encode()
+    ).hexdigest()[:16]
+    run = _Run(
+        task, folder, found, scope, rewind, every, mode, trainer, settings["sparse_below"], masks,
+        checkpoint_seconds, identity, progress,
+    )  # fmt: skip
+    for seed in seeds:
+        _replicate(run, seed, levels, controls, list(wanted))
+    return Lottery.load(folder)
+
+
+def _replicate(run: _Run, seed: int, levels: int, controls: Sequence[str], control_levels: list[int]) -> None:
+    """All trainings of one seed: the tickets from dense to sparse, then the controls."""
+    place = run.out / f"seed-{seed}"
+    place.mkdir(exist_ok=True)
+    start = _start(run, seed)
+    ladder = [_level(run, seed, "ticket", 0, lambda: (start, run.ones, 0))]
+    rewound = start if run.rewind == 0 else checkpoint.load(place / "rewind.safetensors")
+    for level in range(1, levels + 1):
+        make: Make = partial(_ticket, run, rewound, ladder[-1])
+        ladder.append(_level(run, seed, "ticket", level, make))
+    for control in controls:
+        for level in control_levels:
+            make = partial(_control, run, seed, control, level, rewound, ladder[level], ladder[0])
+            _level(run, seed, control, level, make)
+
+
+def _ticket(run: _Run, rewound: State, before: Path) -> tuple[State, Masks, int]:
+    """The masks after one more round, by the weights that the level before ended with."""
+    masks = Masks.load(before / MASKS).prune(checkpoint.load(before / MODEL), run.rates, scope=run.scope)
+    return rewound, masks, run.rewind
+
+
+def _control(
+    run: _Run, seed: int, control: str, level: int, rewound: State, ticket: Path, dense: Path
+) -> tuple[State, Masks, int]:
+    masks = Masks.load(ticket / MASKS)
+    if control == "reinit":
+        return dict(run.task.network(seed_of(seed, "reinit", level) % (1 << 63)).state_dict()), masks, 0
+    if control == "random":
+        return rewound, masks.shuffled(seed_of(seed, "random", level)), run.rewind
+    return rewound, _oneshot(run, dense, masks), run.rewind
+
+
+def _start(run: _Run, seed: int) -> State:
+    """θ₀, from its file once there is one."""
+    path = run.out / f"seed-{seed}" / "start.safetensors"
+    if path.exists():
+        return checkpoint.load(path)
+    state = {name: value.detach().clone() for name, value in run.task.network(seed).state_dict().items()}
+    checkpoint.save(path, state, {"identity": run.identity, "seed": seed})
+    return state
+
+
+def _oneshot(run: _Run, dense: Path, ticket: Masks) -> Masks:
+    """The dense network pruned at once, to as many survivors as the ticket has: of each layer, or of each pool of layers."""
+    masks, weights = Masks.load(dense / MASKS), checkpoint.load(dense / MODEL)
+    sizes, alive = masks.sizes, ticket.alive
+    if run.scope == "layer":
+        pools = [[name] for name in run.rates]
+    else:
+        pools = [[n for n in run.rates if run.rates[n] == rate] for rate in dict.fromkeys(run.rates.values())]
+    bits = dict(masks.bits)
+    for pool in pools:
+        part = Masks({n: masks.bits[n] for n in pool}, {n: masks.shapes[n] for n in pool})
+        drop = sum(sizes[n] - alive[n] for n in pool)
+        bits |= part.prune({n: weights[n] for n in pool}, drop).bits
+    return Masks(bits, masks.shapes, {"rule": "oneshot", "scope": run.scope, "level": ticket.facts.get("level")})
+
+
+def _level(run: _Run, seed: int, kind: str, level: int, make: Make) -> Path:
+    """One training, unless its folder is there; the folder."""
+    place = run.out / f"seed-{seed}" / kind
+    folder = place / f"level-{level:02d}"
+    if (folder / RESULT).is_file():
+        return folder
+    place.mkdir(exist_ok=True)
+    for left in place.glob(f".{folder.name}.*.tmp"):  # of a run that was killed while it wrote
+        shutil.rmtree(left)
+    state, masks, first = make()
+    model = run.task.network(seed)
+    masks.rewind_(model, state)
+    unfinished = place / f"level-{level:02d}.partial.safetensors"
+
+    def keep(_: int, network: nn.Module) -> None:
+        checkpoint.save(
+            run.out / f"seed-{seed}" / "rewind.safetensors", network.state_dict(), {"iteration": run.rewind}
+        )
+
+    tell = run.progress
+    done = train(
+        run.task, model, masks, seed=seed, start=first, every=run.every, mode=run.mode, trainer=run.trainer,
+        sparse_below=run.sparse_below, partial=unfinished, checkpoint_seconds=run.checkpoint_seconds,
+        identity=f"{run.identity}/{seed}/{kind}/{level}/{masks.hash()[:16]}",
+        keep=keep, keep_at=run.rewind if kind == "ticket" and level == 0 and run.rewind else None,
+        progress=None if tell is None else partial(tell, kind, seed, level),
+    )  # fmt: skip
+    masks.apply_(model)  # in mode "forward" what is dead has moved
+    result = _result(kind, seed, level, masks, done)
+    with checkpoint.atomic_folder(folder) as temporary:
+        checkpoint.save(temporary / MODEL, model.state_dict(), {"identity": run.identity})
+        masks.save(temporary / MASKS)
+        (temporary / RESULT).write_text(json.dumps({**result, "curve": [vars(p) for p in done.curve]}, indent=1))
+    unfinished.unlink(missing_ok=True)
+    return folder
+
+
+def _result(kind: str, seed: int, level: int, masks: Masks, done: Trained) -> dict[str, Any]:
+    early, end = done.early, done.end
+    return vars(
+        Training(
+            kind, seed, level, masks.density, masks.densities, early.iteration, early.loss, early.accuracy, early.test,
+            end.iteration, end.loss, end.accuracy, end.test, done.seconds, done.trainer,
+        )
+    )  # fmt: skip
+
+
+def _rates(masks: Masks, rates: Rates, scope: str, output: float | None) -> dict[str, float]:
+    if isinstance(rates, Mapping):
+        if output is not None:
+            raise ValueError("lottery: 'output' must be None where 'rates' names layers; name the last one, too")
+        return masks.rates(rates)
+    factor = output if output is not None else (0.5 if scope == "layer" else 0.0)
+    if not 0 <= factor * rates <= 1:
+        raise ValueError(f"lottery: 'output' times the rate must be in [0, 1], got {factor} times {rates}")
+    found, last = masks.rates(rates), list(masks)[-1]
+    if len(found) > 1:
+        found[last] *= factor
+    return found
+
+
+def _about(task: Task, model: nn.Module) -> dict[str, Any]:
+    """What can be told of a task, to notice that a folder is of another one."""
+    with torch.random.fork_rng(devices=[]):
+        optimizer = task.optimizer([p for p in model.parameters() if p.requires_grad])
+    plain = {k: v for k, v in optimizer.param_groups[0].items() if isinstance(v, (int, float, str, bool, tuple))}
+    schedule = [task.factor(i) for i in range(0, task.iterations, max(1, task.iterations // 1000))]
+    loss = getattr(task.loss, "__qualname__", type(task.loss).__qualname__)
+    about = {
+        "network": {name: list(value.shape) for name, value in model.state_dict().items()},
+        "optimizer": {"name": type(optimizer).__name__, **plain},
+        "schedule": hashlib.sha256(json.dumps(schedule).encode()).hexdigest()[:16],
+        "loss": loss, "clip_norm": task.clip_norm,
+    }  # fmt: skip
+    for name in ("train", "validation", "test"):
+        loader = getattr(task, name)
+        if isinstance(loader, Batches):
+            about[name] = (
+                checkpoint.state_hash({"data": loader.data, "labels": loader.labels})[:16] + f" by {loader.size}"
+            )
+        else:
+            about[name] = type(loader).__name__
+    return json.loads(json.dumps(about))
+
+
+def _kept(folder: Path, settings: dict[str, Any], sparse_below: Callable[[], float]) -> dict[str, Any]:
+    """The settings of a folder: these, once; afterwards these must be those.
+
+    The crossover from dense to sparse is measured once per experiment: a run that goes on elsewhere gives the same bits.
+    """
+    path = folder / "settings.json"
+    checkpoint.check_folder(folder)
+    folder.mkdir(exist_ok=True)
+    if path.is_file():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as e:
+            raise ValueError(
+                f"lottery: {path} must be the settings of an experiment, got a damaged file ({e})"
+            ) from None
+        differ = [k for k in settings if k not in GROWS and old.get(k) != settings[k]]
+        if differ:
+            shown = "; ".join(f"{k} was {_short(old.get(k))}, is {_short(settings[k])}" for k in differ)
+            raise ValueError(
+                f"lottery: {folder} must be of these settings, got another experiment ({shown}); choose another 'out'"
+            )
+        settings = {**old, **{k: settings[k] for k in GROWS}}
+    elif any(folder.iterdir()):
+        raise ValueError(f"lottery: {folder} must be empty or an experiment's folder, got other files")
+    else:
+        settings = {**settings, "sparse_below": sparse_below()}
+    with checkpoint.atomic_write(path, "w") as file:
+        json.dump(settings, file, indent=1)
+    return settings
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
