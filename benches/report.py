@@ -239,9 +239,38 @@ def soup_cost(folder: Path) -> list[str]:
     ]
 
 
+def lottery_cost(folder: Path) -> list[str]:
+    """The section on a lottery-ticket experiment, from lottery_cost.json."""
+    path = folder / "lottery_cost.json"
+    if not path.exists():
+        return []
+    d = json.loads(path.read_text())
+    m, names = d["machine"], list(d["seconds"])
+    own = names[0]
+
+    def cells(row: dict[str, float]) -> list[str]:
+        return [f"{row[own]:.2f}", *(f"{row[n]:.2f} ({row[n] / row[own]:.1f}x)" for n in names[1:])]
+
+    rows = [[str(r["level"]), str(r["alive"]), *cells(r)] for r in d["rows"] if r["level"] % 3 == 0]
+    rows.append(["all", "", *cells(d["seconds"])])
+    return [
+        "## A lottery-ticket experiment",
+        "",
+        "```",
+        "python benches/lottery_cost.py",
+        "```",
+        "",
+        f"{len(d['rows'])} levels of LeNet-300-100 on digits by `zipfast.lottery`, and by a plain torch loop (fused Adam, "
+        f"foreach masks) that looks at the same data as often, {title(m)}, torch {m['torch']}, commit "
+        f"{d['commit'][:12]}, {m['date'][:10]}; seconds a level, and their ratio to ours.",
+        "",
+        table(["level", "survivors", *names], rows),
+    ]
+
+
 def whole(folder: Path) -> list[str]:
     """The sections on whole systems."""
-    return [*merge_cost(folder), *logme_cost(folder), *soup_cost(folder)]
+    return [*merge_cost(folder), *logme_cost(folder), *soup_cost(folder), *lottery_cost(folder)]
 
 
 def page(documents: list[dict[str, Any]], systems: list[str] | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,21 +165,28 @@ class Task:
         return 1.0 if self.schedule is None else float(self.schedule(iteration))
 
 
-def measure(model: nn.Module, batches: Iterable[Any], loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    forward: Callable[..., Any] | None = None,
+) -> tuple[float, float]:
     """Mean loss and accuracy in per cent over labelled batches, in evaluation mode; the mode is put back.
+
+    `forward` computes what the model would, faster; it knows no modes.
 
     Raises:
         ValueError: no sample, or batches without labels.
     """
     device = device_of(model)
     total, right, count = 0.0, 0, 0
-    with evaluating(model), torch.no_grad():
+    with evaluating(model) if forward is None else nullcontext(), torch.no_grad():
         for batch in batches:
             labels = batch_labels(batch)
             if not isinstance(labels, Tensor):
                 raise ValueError("measure: batches must hold labels beside the inputs, got none")
             args, kwargs = batch_inputs(batch, device)
-            output, labels = output_tensor(model(*args, **kwargs)), labels.to(device)
+            output, labels = output_tensor((forward or model)(*args, **kwargs)), labels.to(device)
             total += float(loss(output, labels)) * len(labels)
             right += int((output.argmax(-1) == labels).sum())
             count += labels.numel()

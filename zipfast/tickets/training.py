@@ -21,7 +21,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import checkpoint
 from ..features import batch_inputs, batch_labels, device_of, output_tensor
-from ..ops import mlp_steps_
+from ..ops import available, mlp_steps_, sparse_linear
+from ..ops._mask import popcount, unpack
+from ..ops.sparse_linear import pack_weight
 from .masks import Masks
 from .optim import MODES, UNMASKED, MaskedOptimizer
 from .task import Batches, Task, measure, seed_of, stream
@@ -66,6 +68,9 @@ class Trainer(Protocol):
 
     name: str
 
+    @property
+    def forward(self) -> Callable[..., Any] | None: ...
+
     def advance(self, start: int, stop: int) -> None: ...
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
@@ -76,7 +81,7 @@ class Trainer(Protocol):
 class TorchTrainer:
     """Any network: forward, backward, clip, masked step."""
 
-    name = "torch"
+    name, forward = "torch", None
 
     def __init__(self, task: Task, model: nn.Module, masks: Masks, seed: int, mode: str) -> None:
         self.task, self.model, self.seed = task, model, seed
@@ -157,6 +162,27 @@ class MlpTrainer:
         self.first = [torch.zeros_like(p) for p in self.parameters] if with_first else []
         self.second = [torch.zeros_like(p) for p in self.parameters] if with_second else []
         self.group, self.taken = group, 0
+        self.layout = [self._layout(i) for i in range(len(layers))]
+
+    def _layout(self, i: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where the survivors of a sparse layer are, for evaluations: rows, columns, places in the flat weight."""
+        weight, mask = self.parameters[i], self.mask[i]
+        if not mask.numel() or popcount(mask) >= self.sparse_below * weight.numel() or not available("cpu"):
+            return None
+        row_start, column, _ = pack_weight(weight, mask)
+        return row_start, column, unpack(mask, (weight.numel(),)).nonzero().view(-1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0].reshape(len(args[0]), -1)
+        half = len(self.parameters) // 2
+        for i, layout in enumerate(self.layout):
+            weight, bias = self.parameters[i], self.parameters[half + i]
+            if layout is None:
+                x = F.linear(x, weight, bias)
+            else:
+                x = sparse_linear(layout[0], layout[1], weight.view(-1)[layout[2]], x, bias)
+            x = x.relu_() if i + 1 < half else x
+        return x
 
     def advance(self, start: int, stop: int) -> None:
         if start == stop:
@@ -293,7 +319,7 @@ def train(
             if keep is not None and stop == keep_at:
                 keep(stop, model)
             if not curve or curve[-1].iteration < stop:
-                curve.append(_point(task, model, stop, curve, last=stop == task.iterations))
+                curve.append(_point(task, model, runner.forward, stop, curve, last=stop == task.iterations))
             if progress is not None:
                 progress(stop)
             if partial is not None and stop < task.iterations and time.monotonic() - saved >= checkpoint_seconds:
@@ -304,10 +330,13 @@ def train(
     return Trained(tuple(curve), seconds, runner.name)
 
 
-def _point(task: Task, model: nn.Module, iteration: int, curve: list[Point], *, last: bool) -> Point:
-    loss, accuracy = measure(model, task.validation, task.loss)
+def _point(
+    task: Task, model: nn.Module, forward: Callable[..., Any] | None, iteration: int, curve: list[Point], *, last: bool
+) -> Point:
+    loss, accuracy = measure(model, task.validation, task.loss, forward)
     lowest = min((p.loss for p in curve if not math.isnan(p.loss)), default=float("inf"))
-    test = measure(model, task.test, task.loss)[1] if last or loss < lowest or not curve else float("nan")
+    look = last or loss < lowest or not curve
+    test = measure(model, task.test, task.loss, forward)[1] if look else float("nan")
     return Point(iteration, loss, accuracy, test)
 
 
