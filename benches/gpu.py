@@ -41,6 +41,9 @@ BENCHES = (  # seconds
     ("multidot", 30),
     ("gram", 30),
     ("threshold", 45),
+    ("apply_mask", 20),
+    ("masked_step", 30),
+    ("sparse_linear", 45),
 )
 
 
@@ -187,6 +190,7 @@ def touch() -> None:
             torch.testing.assert_close(ours[2].cpu(), wanted[2], rtol=1e-6, atol=1e-9)
 
     touch_soups(generator)
+    touch_tickets(generator)
     print("touched every op")
 
 
@@ -213,6 +217,50 @@ def touch_soups(generator: torch.Generator) -> None:
     on_gpu, count = [t.cuda() for t in x], len(sizes)
     for call in (lambda x: zipfast.ops.multidot(x[:count], x), lambda x: zipfast.ops.gram(x, models, x[:count])):
         torch.testing.assert_close(call(on_gpu).cpu(), by_reference(partial(call, x))(), rtol=1e-9, atol=1e-9)
+
+
+def touch_tickets(generator: torch.Generator) -> None:
+    """threshold, apply_mask_, masked_step_ and sparse_linear with its gradients."""
+    from peers import by_reference
+
+    from zipfast.ops._mask import pack
+    from zipfast.ops.sparse_linear import pack_weight, transpose_layout
+
+    sizes = [20_000, 8192, 0, 1, 100] + [33] * 500
+    x = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(4)]
+    masks = [pack(torch.rand(n, generator=generator) < 0.4) for n in sizes]
+
+    def masked(device: str) -> list[torch.Tensor]:
+        param, first, second, grad = ([t.to(device, copy=True) for t in part] for part in x)
+        mask = [m.to(device) for m in masks]
+        kept, status = zipfast.ops.threshold(param, mask, [900, 4000], [i % 2 for i in range(len(sizes))])
+        zipfast.ops.apply_mask_(first, kept, [])
+        second = [t.square() for t in second]
+        zipfast.ops.masked_step_(
+            param, first, second, grad, kept, "adam", 2, 0.1, 0.0, 0.0, 0.0, False, 0.9, 0.99, 1e-8, False
+        )
+        return [t.cpu() for t in (*kept, status, *param, *first, *second)]
+
+    for ours, theirs in zip(masked("cuda"), by_reference(lambda: masked("cpu"))(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    weight = torch.randn(70, 130, generator=generator)
+    layout = pack_weight(weight, pack(torch.rand(70, 130, generator=generator) < 0.2))
+    transposed = list(transpose_layout(layout[0], layout[1], 130))
+
+    def sparse(device: str, batch: int) -> list[torch.Tensor]:
+        seeded = torch.Generator().manual_seed(batch)
+        given, grad = (torch.randn(batch, n, generator=seeded).to(device) for n in (130, 70))
+        row_start, column, value, *back = (t.to(device) for t in (*layout, *transposed))
+        return [
+            zipfast.ops.sparse_linear(row_start, column, value, given, None).cpu(),
+            zipfast.ops.sparse_linear_input(row_start, column, value, back, grad, 130).cpu(),
+            zipfast.ops.sparse_linear_weight(row_start, column, grad, given).cpu(),
+        ]
+
+    for batch in (1, 5, 40):
+        for ours, theirs in zip(sparse("cuda", batch), by_reference(partial(sparse, "cpu", batch))(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ running

@@ -3,8 +3,8 @@
 
 LeNet-300-100 on scikit-learn's digits, 2500 iterations of 60 a level, a look at the validation data every 10, at the test
 data where the validation loss is a new minimum, files written and synced. The loop is torch's own best: tensors on the CPU,
-``torch.optim.Adam(fused=True)``, masks multiplied in by one ``torch._foreach_mul_``, magnitudes ranked by ``kthvalue``; on one
-thread or two, whichever takes less time for 300 iterations. Levels alternate A B, and both must keep as many survivors.
+``torch.optim.Adam(fused=True)``, masks multiplied in by one ``torch._foreach_mul_``, magnitudes ranked by ``kthvalue``; on
+one thread or two, whichever takes less time for 300 iterations. Levels alternate A B, and both must keep as many survivors.
 
 ``python benches/lottery_cost.py`` writes lottery_cost.json into the results; `report.py` puts it on the page.
 """

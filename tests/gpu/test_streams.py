@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import zipfast
+from zipfast.ops._mask import pack
+from zipfast.ops.sparse_linear import pack_weight, transpose_layout
 
 pytestmark = pytest.mark.gpu
 NO_BAD_VALUE = torch.iinfo(torch.int64).max
@@ -155,6 +157,52 @@ def grams(x: list[Tensor]) -> list[Tensor]:
     return [zipfast.ops.gram(x, len(x) // len(SOUP), []), zipfast.ops.gram(x, len(x) // len(SOUP), x[: len(SOUP)])]
 
 
+def masked_inputs(seed: int) -> list[Tensor]:
+    """Weights, two states, gradients, and packed masks of a third."""
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(n, generator=generator) for _ in range(4) for n in SOUP]
+    return [*values, *(pack(torch.rand(n, generator=generator) < 0.3) for n in SOUP)]
+
+
+def stepped(x: list[Tensor]) -> list[Tensor]:
+    count = len(SOUP)
+    param, first, second, grad, mask = (x[i : i + count] for i in range(0, 5 * count, count))
+    param, first, second = ([t.clone() for t in part] for part in (param, first, second))
+    second = [t.square() for t in second]
+    options = (3, 0.01, 0.1, 0.0, 0.0, False, 0.9, 0.999, 1e-8, False)
+    zipfast.ops.masked_step_(param, first, second, grad, mask, "adamw", *options)
+    return [*param, *first, *second]
+
+
+def rewound(x: list[Tensor]) -> list[Tensor]:
+    count = len(SOUP)
+    out = [torch.empty_like(t) for t in x[:count]]
+    zipfast.ops.apply_mask_(out, x[4 * count :], x[:count])
+    return out
+
+
+def thresholded(x: list[Tensor]) -> list[Tensor]:
+    count = len(SOUP)
+    kept, status = zipfast.ops.threshold(x[:count], x[4 * count :], [1500, 20], [0, 1, 0, 1])
+    return [*kept, status]
+
+
+def sparse_inputs(seed: int) -> list[Tensor]:
+    """One structure for all seeds, as a captured graph has it; other values."""
+    alive = torch.rand(300, 500, generator=torch.Generator().manual_seed(99)) < 0.1
+    generator = torch.Generator().manual_seed(seed)
+    row_start, column, value = pack_weight(torch.randn(300, 500, generator=generator), pack(alive))
+    given = [torch.randn(24, n, generator=generator) for n in (500, 300)]
+    return [row_start, column, value, *given, *transpose_layout(row_start, column, 500)]
+
+
+def sparse(x: list[Tensor]) -> list[Tensor]:
+    row_start, column, value, given, grad, *transposed = x
+    forward = zipfast.ops.sparse_linear(row_start, column, value, given, None)
+    by_input = zipfast.ops.sparse_linear_input(row_start, column, value, transposed, grad, 500)
+    return [forward, by_input, zipfast.ops.sparse_linear_weight(row_start, column, grad, given)]
+
+
 OPS = [
     Op("moments, few features", moments_inputs(32, 16, torch.float32), moments, exact=False),
     Op("moments, many features", moments_inputs(320, 7, torch.float32), moments, exact=False),
@@ -168,6 +216,10 @@ OPS = [
     Op("blend, in place", soup(5, torch.bfloat16), running),
     Op("multidot", soup(16, torch.float32), dots, exact=False, rounding=(1e-11, 1e-9)),
     Op("gram", soup(9, torch.float16), grams, exact=False, rounding=(1e-11, 1e-9)),
+    Op("threshold", masked_inputs, thresholded),
+    Op("apply_mask", masked_inputs, rewound),
+    Op("masked_step", masked_inputs, stepped, exact=False, rounding=(1e-5, 1e-6)),
+    Op("sparse_linear", sparse_inputs, sparse, exact=False, rounding=(1e-4, 1e-4)),
 ]
 
 
