@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``sparse_linear`` and its gradients against the dense layer, and against torch's CSR product.
+"""``sparse_linear`` and its gradients against the dense layer, in float32 and in bfloat16, and against torch's CSR product.
 
 Forward: a layer of 4096 x 4096 and one of 300 x 784 at 80, 90 and 95 % sparsity; training: forward and both gradients at
-a batch of 64.  The dense peer multiplies the masked matrix, mask already applied; CSR is MKL's where torch has it.  The
+a batch of 64.  The dense peers multiply the masked matrix, mask already applied; CSR is MKL's where torch has it.  The
 floor is reading values and columns once, or two operations for each weight and sample.
 """
 
@@ -53,8 +53,9 @@ def layout(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def agree(ours: tuple, theirs: tuple, name: str) -> None:
+    near = 0.05 if "bf16" in name else 1e-3
     for a, b in zip(ours, theirs, strict=False):  # CSR is compared by its forward pass
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(a, b.float(), rtol=near, atol=near * float(a.abs().max()))
 
 
 def job(case: Case, device: str) -> Job:
@@ -78,10 +79,18 @@ def job(case: Case, device: str) -> Job:
             return (F.linear(x, weight),)
         return F.linear(x, weight), grad @ weight, grad.T @ x
 
+    halves = [t.bfloat16() for t in (x, weight, grad)]
+
+    def dense_bf16() -> tuple:
+        x, weight, grad = halves
+        if not case.training:
+            return (F.linear(x, weight),)
+        return F.linear(x, weight), grad @ weight, grad.T @ x
+
     def check(a: tuple, b: tuple, name: str) -> None:
         agree(a, b if len(b) < 3 else (*b[:2], b[2][place]), name)
 
-    found = {"torch dense": Peer(dense)}
+    found = {"torch dense": Peer(dense), "torch dense bf16": Peer(dense_bf16)}
     if not case.training:
         with warnings.catch_warnings():  # that CSR is in beta
             warnings.simplefilter("ignore")
