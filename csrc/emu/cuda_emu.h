@@ -112,7 +112,7 @@ struct Pool {
   std::vector<std::unique_ptr<Fiber>> fibers;
 };
 inline std::mutex pools_lock;
-inline std::vector<std::unique_ptr<Pool>> pools;
+inline auto& pools = *new std::vector<std::unique_ptr<Pool>>;  // never freed: fibers are asleep in the middle of a call
 inline std::vector<std::unique_ptr<Pool>> borrow(size_t count) {
   const std::lock_guard<std::mutex> lock(pools_lock);
   std::vector<std::unique_ptr<Pool>> found;
