@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..ops import apply_mask_, masked_step_
+from ..ops import masked_step_
 from ..ops._check import FLOATING
-from .masks import Masks
+from .masks import Masks, apply_bits_
 
 MODES = ("grad", "post", "forward")
 UNMASKED = torch.empty(0, dtype=torch.uint8)
@@ -80,13 +80,13 @@ class MaskedOptimizer:
 
     def prepare(self) -> None:
         """Mask the weights."""
-        apply_mask_([w.detach() for w in self.weights], self.bits, [])
+        apply_bits_(self.weights, self.bits)
 
     def mask_gradients(self) -> None:
         """Mask the gradients: to be called before they are clipped by their norm, which dead weights would enter."""
         pairs = [(w.grad, b) for w, b in zip(self.weights, self.bits) if w.grad is not None]
         if pairs and self.mode == "grad":
-            _mask([g for g, _ in pairs], [b for _, b in pairs])
+            apply_bits_([g for g, _ in pairs], [b for _, b in pairs])
 
     def step(self) -> None:
         """One step of the optimiser, and the mask."""
@@ -107,8 +107,7 @@ class MaskedOptimizer:
                 for value in own.values()
                 if isinstance(value, Tensor) and value.shape == p.shape and value.dtype in FLOATING
             ]
-            if state:
-                _mask([value for value, _ in state], [bits for _, bits in state])
+            apply_bits_([value for value, _ in state], [bits for _, bits in state])
 
     def _fused(self, group: dict[str, Any]) -> None:
         rule = "sgd" if isinstance(self.optimizer, SGD) else "adam"
@@ -160,13 +159,3 @@ class MaskedOptimizer:
         """Take the hook of mode ``forward`` off the model."""
         if self.hook is not None:
             self.hook.remove()
-
-
-def _mask(tensors: list[Tensor], bits: list[Tensor]) -> None:
-    for tensor, own in zip(tensors, bits):
-        if tensor.is_contiguous():
-            apply_mask_([tensor], [own], [])
-        else:
-            copy = tensor.contiguous()
-            apply_mask_([copy], [own], [])
-            tensor.copy_(copy)
