@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimisers of masked networks: where the mask acts, and the fused step where there is one.
 
-Mode ``grad``: gradient, optimiser state and weight of what is dead are exactly 0, always. ``post``: the weight alone, after
+Mode ``grad``: gradient, optimiser state and weight of what is dead are exactly 0, always (the fused step takes gradients so,
+and leaves the tensors alone; :meth:`MaskedOptimizer.mask_gradients` writes them). ``post``: the weight alone, after
 each step. ``forward``: the weight, before each forward pass, as open_lth does; between step and forward what is dead moves.
 Coordinate-wise optimisers give survivors the same values in all three, where the gradient is not clipped by its norm.
 """
@@ -9,6 +10,7 @@ Coordinate-wise optimisers give survivors the same values in all three, where th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ def why_not_fused(optimizer: Optimizer, mode: str = "grad") -> str | None:
         return f"mode {mode!r} masks weights alone"
     if type(optimizer) not in (SGD, Adam, AdamW):
         return f"{type(optimizer).__name__} is not SGD, Adam or AdamW"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "it has hooks around its step"
     for group in optimizer.param_groups:
         for option in ("amsgrad", "differentiable"):
             if group.get(option):
@@ -76,7 +80,10 @@ class MaskedOptimizer:
         self.bits = masks.on(weights)
         self.of = {id(w): b for w, b in zip(self.weights, self.bits)}
         self.prepare()
-        self.hook = model.register_forward_pre_hook(lambda *_: self.prepare()) if mode == "forward" else None
+        self.hook = None
+        if mode == "forward":
+            near = Masks(dict(zip(masks.shapes, self.bits)), masks.shapes)
+            self.hook = model.register_forward_pre_hook(_BeforeForward(near))
 
     def prepare(self) -> None:
         """Mask the weights."""
@@ -93,6 +100,7 @@ class MaskedOptimizer:
         if self.fused:
             for group in self.optimizer.param_groups:
                 self._fused(group)
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers of torch ask for
             return
         self.mask_gradients()
         self.optimizer.step()
@@ -159,3 +167,13 @@ class MaskedOptimizer:
         """Take the hook of mode ``forward`` off the model."""
         if self.hook is not None:
             self.hook.remove()
+
+
+@dataclass
+class _BeforeForward:
+    """The hook of mode ``forward``: masks the module it hangs on, which may be a copy of the first."""
+
+    masks: Masks
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        self.masks.apply_(module)
