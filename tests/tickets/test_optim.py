@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from zipfast.tickets import MaskedOptimizer, Masks, why_not_fused
+from zipfast.tickets import Batches, MaskedOptimizer, Masks, Task, train, why_not_fused
 
 NAN = float("nan")
 MODES = ("grad", "post", "forward")
@@ -275,6 +275,18 @@ def test_mode_forward_masks_before_each_forward() -> None:
     pickle.loads(pickle.dumps(net))
     assert steps.hook is not None and MaskedOptimizer(SGD(net.parameters(), 0.1), net, masks).hook is None
     MaskedOptimizer(SGD(net.parameters(), 0.1), net, masks).remove()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_leaves_no_hook(mode: str) -> None:
+    net, x = network(), torch.randn(12, 6)
+    masks, data = masks_of(net), Batches(x, torch.arange(12) % 4, 5)
+    task = Task(network, data, data, data, 3, lambda ps: SGD(ps, 0.1))
+    train(task, net, masks, seed=0, mode=mode, trainer="torch")
+    assert not net._forward_pre_hooks and Masks.from_zeros(net).within(masks)
+    weights = {n: v.clone() for n, v in net.state_dict().items()}
+    net(x)
+    assert all(torch.equal(v, weights[n]) for n, v in net.state_dict().items())
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
