@@ -229,10 +229,6 @@ class Masks:
         pools, drop = self._pools(amount, scope)
         names = [name for pool in pools for name in pool]
         group = [g for g, pool in enumerate(pools) for _ in pool]
-        order = sorted(
-            range(len(names)), key=lambda i: list(self.bits).index(names[i])
-        )  # ties: as the network has them
-        names, group = [names[i] for i in order], [group[i] for i in order]
         tensors = [weights[name].detach() for name in names]
         masks = [self.bits[name].to(t.device) for name, t in zip(names, tensors)]
         kept, status = threshold(tensors, masks, drop, group)
@@ -245,7 +241,7 @@ class Masks:
         return Masks(bits, self.shapes, own)
 
     def _pools(self, amount: Rates | int, scope: str) -> tuple[list[list[str]], list[int]]:
-        """Names that are ranked together, and how many go from each pool."""
+        """Names that are ranked together, in the order of the masks (ties), and how many go from each pool."""
         alive = self.alive
         if isinstance(amount, int) and not isinstance(amount, bool):
             total = sum(alive.values())
