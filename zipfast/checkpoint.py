@@ -192,7 +192,11 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             header = file.metadata() or {}
     except SafetensorError as e:
         raise ValueError(f"read_metadata: {path} cannot be read as safetensors ({e})") from e
-    return json.loads(header.get(METADATA_KEY, "{}"))
+    try:
+        found = json.loads(header.get(METADATA_KEY, "{}"))
+    except ValueError as e:
+        raise ValueError(f"read_metadata: {path} has a damaged header ({e})") from None
+    return found if isinstance(found, dict) else {}
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

@@ -24,9 +24,11 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with checkpoint.atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
-    _pyplot().close(figure)
+    try:
+        with checkpoint.atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=100)
+    finally:
+        _pyplot().close(figure)
 
 
 def plot_greedy(soup: Soup, path: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeAlias
@@ -202,7 +202,7 @@ class Masks:
         """Drop survivors of smallest |score|.
 
         Args:
-            scores: a module (its weights: magnitude pruning), or a tensor for each mask by name; see
+            scores: a module (its weights that are masked: magnitude pruning), or a tensor for each mask by name; see
                 :mod:`zipfast.tickets.scores`.
             amount: a fraction of the survivors in [0, 1], or a whole number of weights (`int`); or fractions by name or by
                 regular expression over whole names, the first match counting (tensors without one are left as they are, and
@@ -223,17 +223,12 @@ class Masks:
 
         Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), §1 and §4.
         """
-        weights = _weights(scores)
-        self.check(weights, "Masks.prune")
+        weights = self.check(scores, "Masks.prune")
         if scope not in SCOPES:
             raise ValueError(f"Masks.prune: 'scope' must be {' or '.join(SCOPES)}, got {scope!r}")
         pools, drop = self._pools(amount, scope)
         names = [name for pool in pools for name in pool]
         group = [g for g, pool in enumerate(pools) for _ in pool]
-        order = sorted(
-            range(len(names)), key=lambda i: list(self.bits).index(names[i])
-        )  # ties: as the network has them
-        names, group = [names[i] for i in order], [group[i] for i in order]
         tensors = [weights[name].detach() for name in names]
         masks = [self.bits[name].to(t.device) for name, t in zip(names, tensors)]
         kept, status = threshold(tensors, masks, drop, group)
@@ -246,7 +241,7 @@ class Masks:
         return Masks(bits, self.shapes, own)
 
     def _pools(self, amount: Rates | int, scope: str) -> tuple[list[list[str]], list[int]]:
-        """Names that are ranked together, and how many go from each pool."""
+        """Names that are ranked together, in the order of the masks (ties), and how many go from each pool."""
         alive = self.alive
         if isinstance(amount, int) and not isinstance(amount, bool):
             total = sum(alive.values())
@@ -330,7 +325,7 @@ class Masks:
         Cost: one pass over the weights (:func:`zipfast.ops.apply_mask_`).
         """
         weights = self.check(model, "Masks.apply_")
-        apply_mask_([w.detach() for w in weights.values()], self.on(weights), [])
+        apply_bits_(list(weights.values()), self.on(weights))
 
     def rewind_(self, model: nn.Module, state: Weights) -> None:
         """Put a network back to an earlier state, all of it (biases, norms and their statistics too), and mask it.
@@ -374,14 +369,19 @@ class Masks:
         about = header.get("masks")
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise ValueError(f"Masks.load: {path} must hold masks of format {FORMAT}, got another file")
-        shapes = {name: tuple(about["shapes"][name]) for name in header["order"]}
+        try:
+            shapes = {name: tuple(map(int, about["shapes"][name])) for name in header["order"]}
+            facts, written = dict(about["facts"]), about["hash"]
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"Masks.load: {path} is damaged: its header lacks what masks have ({e})") from None
         for name, shape in shapes.items():
-            if name not in bits or bits[name].numel() != mask_bytes(prod(shape)):
+            own = bits.get(name)
+            if own is None or own.dtype != torch.uint8 or own.shape != (mask_bytes(prod(shape)),):
                 raise ValueError(
                     f"Masks.load: {path} is damaged: the mask of {name!r} has not the bits of {list(shape)}"
                 )
-        found = cls({name: bits[name] for name in shapes}, shapes, dict(about["facts"]))
-        if found.hash() != about["hash"]:
+        found = cls({name: bits[name] for name in shapes}, shapes, facts)
+        if found.hash() != written:
             raise ValueError(f"Masks.load: {path} is damaged: its bits are not those that were written")
         return found
 
@@ -399,6 +399,17 @@ def rate_for(density: float, rounds: int) -> float:
     if not 0 < density <= 1 or rounds < 1:
         raise ValueError(f"rate_for: density must be in (0, 1] and rounds at least 1, got {density} and {rounds}")
     return 1 - density ** (1 / rounds)
+
+
+def apply_bits_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
+    """:func:`zipfast.ops.apply_mask_`, of tensors that are not contiguous (channels last) by way of a copy."""
+    if not tensors:
+        return
+    whole = [t.detach().contiguous() for t in tensors]
+    apply_mask_(whole, list(bits), [])
+    for tensor, own in zip(tensors, whole):
+        if not tensor.is_contiguous():
+            tensor.detach().copy_(own)
 
 
 def _weights(model: nn.Module | Weights) -> dict[str, Tensor]:

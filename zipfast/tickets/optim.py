@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimisers of masked networks: where the mask acts, and the fused step where there is one.
 
-Mode ``grad``: gradient, optimiser state and weight of what is dead are exactly 0, always. ``post``: the weight alone, after
+Mode ``grad``: gradient, optimiser state and weight of what is dead are exactly 0, always (the fused step takes gradients so,
+and leaves the tensors alone; :meth:`MaskedOptimizer.mask_gradients` writes them). ``post``: the weight alone, after
 each step. ``forward``: the weight, before each forward pass, as open_lth does; between step and forward what is dead moves.
 Coordinate-wise optimisers give survivors the same values in all three, where the gradient is not clipped by its norm.
 """
@@ -9,15 +10,16 @@ Coordinate-wise optimisers give survivors the same values in all three, where th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..ops import apply_mask_, masked_step_
+from ..ops import masked_step_
 from ..ops._check import FLOATING
-from .masks import Masks
+from .masks import Masks, apply_bits_
 
 MODES = ("grad", "post", "forward")
 UNMASKED = torch.empty(0, dtype=torch.uint8)
@@ -29,6 +31,8 @@ def why_not_fused(optimizer: Optimizer, mode: str = "grad") -> str | None:
         return f"mode {mode!r} masks weights alone"
     if type(optimizer) not in (SGD, Adam, AdamW):
         return f"{type(optimizer).__name__} is not SGD, Adam or AdamW"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "it has hooks around its step"
     for group in optimizer.param_groups:
         for option in ("amsgrad", "differentiable"):
             if group.get(option):
@@ -76,23 +80,27 @@ class MaskedOptimizer:
         self.bits = masks.on(weights)
         self.of = {id(w): b for w, b in zip(self.weights, self.bits)}
         self.prepare()
-        self.hook = model.register_forward_pre_hook(lambda *_: self.prepare()) if mode == "forward" else None
+        self.hook = None
+        if mode == "forward":
+            near = Masks(dict(zip(masks.shapes, self.bits)), masks.shapes)
+            self.hook = model.register_forward_pre_hook(_BeforeForward(near))
 
     def prepare(self) -> None:
         """Mask the weights."""
-        apply_mask_([w.detach() for w in self.weights], self.bits, [])
+        apply_bits_(self.weights, self.bits)
 
     def mask_gradients(self) -> None:
         """Mask the gradients: to be called before they are clipped by their norm, which dead weights would enter."""
         pairs = [(w.grad, b) for w, b in zip(self.weights, self.bits) if w.grad is not None]
         if pairs and self.mode == "grad":
-            _mask([g for g, _ in pairs], [b for _, b in pairs])
+            apply_bits_([g for g, _ in pairs], [b for _, b in pairs])
 
     def step(self) -> None:
         """One step of the optimiser, and the mask."""
         if self.fused:
             for group in self.optimizer.param_groups:
                 self._fused(group)
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers of torch ask for
             return
         self.mask_gradients()
         self.optimizer.step()
@@ -107,8 +115,7 @@ class MaskedOptimizer:
                 for value in own.values()
                 if isinstance(value, Tensor) and value.shape == p.shape and value.dtype in FLOATING
             ]
-            if state:
-                _mask([value for value, _ in state], [bits for _, bits in state])
+            apply_bits_([value for value, _ in state], [bits for _, bits in state])
 
     def _fused(self, group: dict[str, Any]) -> None:
         rule = "sgd" if isinstance(self.optimizer, SGD) else "adam"
@@ -162,11 +169,11 @@ class MaskedOptimizer:
             self.hook.remove()
 
 
-def _mask(tensors: list[Tensor], bits: list[Tensor]) -> None:
-    for tensor, own in zip(tensors, bits):
-        if tensor.is_contiguous():
-            apply_mask_([tensor], [own], [])
-        else:
-            copy = tensor.contiguous()
-            apply_mask_([copy], [own], [])
-            tensor.copy_(copy)
+@dataclass
+class _BeforeForward:
+    """The hook of mode ``forward``: masks the module it hangs on, which may be a copy of the first."""
+
+    masks: Masks
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        self.masks.apply_(module)

@@ -24,6 +24,8 @@ def plot_levels(found: Lottery, path: str | os.PathLike[str]) -> None:
 
     Lines are means over seeds, bands from least to most (Frankle & Carbin 2019, figures 3 to 5, have it so).
     """
+    if not found.trainings:
+        raise ValueError(f"plot_levels: there must be a finished training in {found.folder}, got none")
     figure, axes = _pyplot().subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     values = (
         ("accuracy at the end (%)", lambda t: t.end_test),
@@ -36,8 +38,9 @@ def plot_levels(found: Lottery, path: str | os.PathLike[str]) -> None:
             for t in found.trainings:
                 if t.kind == kind:
                     levels.setdefault(t.level, []).append(t)
-            x = [100 * group[0].density for group in levels.values()]
-            y = [[value(t) for t in group] for group in levels.values()]
+            groups = [group for _, group in sorted(levels.items())]
+            x = [100 * group[0].density for group in groups]
+            y = [[value(t) for t in group] for group in groups]
             axis.plot(x, [sum(v) / len(v) for v in y], ".-", color=COLORS[kind], label=NAMES[kind])
             axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=COLORS[kind], alpha=0.15, lw=0)
         axis.set_xscale("log")
@@ -50,8 +53,10 @@ def plot_levels(found: Lottery, path: str | os.PathLike[str]) -> None:
 
 def plot_layers(found: Lottery, path: str | os.PathLike[str], *, seed: int = 0) -> None:
     """Density of each layer at each level."""
-    figure, axes = _pyplot().subplots(figsize=(6, 3.8), layout="constrained")
     tickets = [t for t in found.trainings if t.kind == "ticket" and t.seed == seed]
+    if not tickets:
+        raise ValueError(f"plot_layers: 'seed' must be one of {_there(found, 'seed')}, got {seed}")
+    figure, axes = _pyplot().subplots(figsize=(6, 3.8), layout="constrained")
     for name in tickets[0].densities:
         axes.plot([t.level for t in tickets], [100 * t.densities[name] for t in tickets], ".-", label=name)
     axes.set_yscale("log")
@@ -64,6 +69,8 @@ def plot_layers(found: Lottery, path: str | os.PathLike[str], *, seed: int = 0) 
 def plot_overlap(found: Lottery, level: int, path: str | os.PathLike[str]) -> None:
     """Intersection over union of the masks of each two seeds at a level."""
     seeds = [t.seed for t in found.trainings if t.kind == "ticket" and t.level == level]
+    if not seeds:
+        raise ValueError(f"plot_overlap: 'level' must be one of {_there(found, 'level')}, got {level}")
     masks = [found.masks(level, seed=seed) for seed in seeds]
     figure, axes = _pyplot().subplots(figsize=(4.5, 3.8), layout="constrained")
     image = axes.imshow([[a.overlap(b) for b in masks] for a in masks], vmin=0, vmax=1)
@@ -77,6 +84,8 @@ def plot_overlap(found: Lottery, level: int, path: str | os.PathLike[str]) -> No
 
 def plot_lines(lines: Sequence[Connectivity], path: str | os.PathLike[str]) -> None:
     """Accuracy along the line between two copies."""
+    if not lines:
+        raise ValueError("plot_lines: 'lines' must hold a line, got none")
     figure, axes = _pyplot().subplots(figsize=(6, 3.8), layout="constrained")
     for line in lines:
         label = f"{NAMES[line.kind]}, {100 * line.density:.1f} %"
@@ -85,3 +94,8 @@ def plot_lines(lines: Sequence[Connectivity], path: str | os.PathLike[str]) -> N
     axes.set_ylabel("test accuracy (%)")
     axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def _there(found: Lottery, what: str) -> str:
+    """The seeds or levels of the tickets, in words."""
+    return ", ".join(map(str, sorted({getattr(t, what) for t in found.trainings if t.kind == "ticket"}))) or "(none)"

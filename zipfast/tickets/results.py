@@ -16,6 +16,8 @@ from torch import Tensor
 from .. import checkpoint
 from .masks import Masks
 
+KINDS = ("ticket", "reinit", "random", "oneshot")  # in the order of tables
+
 
 @dataclass(frozen=True)
 class Training:
@@ -76,24 +78,27 @@ class Lottery:
         """Read what is there.
 
         Raises:
-            FileNotFoundError: no experiment there. ValueError: a damaged result.
+            FileNotFoundError: no experiment there. ValueError: a damaged result, or damaged settings.
         """
         place = Path(folder)
         if not (place / "settings.json").is_file():
             raise FileNotFoundError(f"Lottery.load: no experiment at {place}; it must hold settings.json")
-        names = {f.name for f in fields(Training)}
         found = []
         for path in sorted(place.glob("seed-*/*/level-*/result.json")):
             try:
-                plain = json.loads(path.read_text())
-                found.append(Training(**{name: plain[name] for name in names}))
+                found.append(_training(json.loads(path.read_text())))
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(
                     f"Lottery.load: {path} must be the result of a training, got a damaged file ({e})"
                 ) from None
-        settings = json.loads((place / "settings.json").read_text())
-        order = {"ticket": 0, "reinit": 1, "random": 2, "oneshot": 3}
-        return cls(place, settings, tuple(sorted(found, key=lambda t: (order[t.kind], t.seed, t.level))))
+        try:
+            settings = dict(json.loads((place / "settings.json").read_text()).items())
+        except (ValueError, AttributeError) as e:
+            where = place / "settings.json"
+            raise ValueError(
+                f"Lottery.load: {where} must be the settings of an experiment, got a damaged file ({e})"
+            ) from None
+        return cls(place, settings, tuple(sorted(found, key=lambda t: (KINDS.index(t.kind), t.seed, t.level))))
 
     def place(self, level: int, *, seed: int = 0, kind: str = "ticket") -> Path:
         """The folder of a training.
@@ -176,6 +181,21 @@ class Lottery:
             first = next(rows[kind, level] for kind in kinds if (kind, level) in rows)
             lines.append(f"| {level} | {100 * first.density:.2f} | " + " | ".join(cells) + f" | {first.seconds:.1f} |")
         return "\n".join(lines)
+
+
+def _training(plain: Mapping[str, Any]) -> Training:
+    """What a result says, each value of its kind.
+
+    Raises:
+        KeyError, TypeError, ValueError: it does not.
+    """
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict[str, float]": dict}
+    for field in fields(Training):
+        if not isinstance(plain[field.name], kinds[str(field.type)]):
+            raise TypeError(f"{field.name} is {plain[field.name]!r}")
+    if plain["kind"] not in KINDS:
+        raise ValueError(f"kind is {plain['kind']!r}")
+    return Training(**{field.name: plain[field.name] for field in fields(Training)})
 
 
 def _error(values: list[float]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -298,10 +299,11 @@ def train(
     reason = why_not_mlp(task, model, mode)
     if trainer == "mlp" and reason is not None:
         raise ValueError(f"train: trainer 'mlp' cannot be used: {reason}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), ExitStack() as afterwards:
         runner: Trainer
         if trainer == "torch" or reason is not None:
             runner = TorchTrainer(task, model, masks, seed, mode)
+            afterwards.callback(runner.steps.remove)
         else:
             runner = MlpTrainer(task, model, masks, seed, sparse_below)
         curve, at, seconds = _resumed(partial, identity, runner, start)
