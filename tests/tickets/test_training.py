@@ -303,6 +303,10 @@ def test_a_partial_file_of_another_training(tmp_path: Path) -> None:
         ValueError, match=r"p.safetensors must be of this training, got one of other settings; delete it"
     ):
         run(task_of(), partial=partial, identity="two")
+    tensors, facts = checkpoint.load(partial), checkpoint.read_metadata(partial)
+    checkpoint.save(partial, {k: v for k, v in tensors.items() if k != "parameter.1"}, facts)
+    with pytest.raises(ValueError, match=r"p.safetensors is damaged: it lacks 'parameter.1'; delete it to begin"):
+        run(task_of(), partial=partial, identity="one")
     data = partial.read_bytes()
     partial.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"p.safetensors cannot be read as plain tensors"):

@@ -350,8 +350,11 @@ def _resumed(partial: Path | None, identity: str, runner: Trainer, start: int) -
         raise ValueError(
             f"train: {partial} must be of this training, got one of other settings; delete it to begin again"
         )
-    runner.restore(facts["iteration"], tensors, facts)
-    return [Point(**p) for p in facts["curve"]], facts["iteration"], facts["seconds"]
+    try:
+        runner.restore(facts["iteration"], tensors, facts)
+        return [Point(**p) for p in facts["curve"]], facts["iteration"], facts["seconds"]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"train: {partial} is damaged: it lacks {e}; delete it to begin this training again") from None
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
