@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import nn
 from .. import checkpoint
 from .crossover import mlp_crossover
 from .masks import Masks, Rates
+from .optim import MODES
 from .results import Lottery, Training
 from .task import Batches, Task, seed_of
 from .training import TRAINERS, Trained, train, why_not_mlp
@@ -123,6 +125,10 @@ def lottery(
         raise ValueError(f"lottery: 'rewind' must be in [0, {task.iterations}), got {rewind}")
     if trainer not in TRAINERS:
         raise ValueError(f"lottery: 'trainer' must be one of {', '.join(TRAINERS)}, got {trainer!r}")
+    if mode not in MODES or every < 1:
+        raise ValueError(
+            f"lottery: 'mode' must be one of {', '.join(MODES)} and 'every' 1 or more, got {mode!r}, {every}"
+        )
     wanted = range(1, levels + 1) if control_levels is None else control_levels
     if any(not 1 <= level <= levels for level in wanted):
         raise ValueError(f"lottery: 'control_levels' must be in [1, {levels}], got {list(wanted)}")
@@ -220,7 +226,7 @@ def _level(run: _Run, seed: int, kind: str, level: int, make: Make) -> Path:
         return folder
     place.mkdir(exist_ok=True)
     for left in place.glob(f".{folder.name}.*.tmp"):  # of a run that was killed while it wrote
-        shutil.rmtree(left)
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     state, masks, first = make()
     model = run.task.network(seed)
     masks.rewind_(model, state)
@@ -319,7 +325,7 @@ def _kept(folder: Path, settings: dict[str, Any], sparse_below: Callable[[], flo
                 f"lottery: {folder} must be of these settings, got another experiment ({shown}); choose another 'out'"
             )
         settings = {**old, **{k: settings[k] for k in GROWS}}
-    elif any(folder.iterdir()):
+    elif any(not re.fullmatch(r"\.settings\.json\..*\.tmp", file.name) for file in folder.iterdir()):
         raise ValueError(f"lottery: {folder} must be empty or an experiment's folder, got other files")
     else:
         settings = {**settings, "sparse_below": sparse_below()}

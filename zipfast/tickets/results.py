@@ -91,7 +91,12 @@ class Lottery:
                 raise ValueError(
                     f"Lottery.load: {path} must be the result of a training, got a damaged file ({e})"
                 ) from None
-        settings = json.loads((place / "settings.json").read_text())
+        try:
+            settings = dict(json.loads((place / "settings.json").read_text()))
+        except (ValueError, TypeError) as e:
+            raise ValueError(
+                f"Lottery.load: {place / 'settings.json'} must be the settings of an experiment, got a damaged file ({e})"
+            ) from None
         order = {"ticket": 0, "reinit": 1, "random": 2, "oneshot": 3}
         return cls(place, settings, tuple(sorted(found, key=lambda t: (order[t.kind], t.seed, t.level))))
 
