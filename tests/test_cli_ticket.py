@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`zipfast ticket` from the command line: every action on small networks, runs killed at any time, bad input in one sentence."""
+"""`zipfast ticket` from the command line: every action on small networks, kills, bad input in one sentence."""
 
 from __future__ import annotations
 
@@ -410,7 +410,7 @@ RUN = ["run", *SMALL, "--levels", "1", "--out", "new"]
         ([*RUN, "--network", "conv-2"], "or --factory MODULE:NAME, got both"),
         (["run", "--network", "lenet", "--data", "digits", "--out", "new"], "'network' must be one of lenet-300-100, "),
         (without(RUN, "--out"), "'out' must name the experiment's folder, got none; use --out FOLDER"),
-        ([*RUN, "folder"], "there must be no FOLDER with run: name it by --out, got 1"),
+        (["run", "folder", *SMALL], "there must be no FOLDER with run: name it by --out, got 1"),
         (["show"], "there must be one FOLDER with show, got 0"),
         (["show", "nothing"], "no experiment at nothing; it must hold settings.json"),
         (without(RUN, "--data"), "'data' must name what to train on, got none"),
@@ -422,7 +422,7 @@ RUN = ["run", *SMALL, "--levels", "1", "--out", "new"]
         ([*RUN, "--data", "digits"], "'validation_size' must be left out with the digits"),
         ([*RUN, "--data", "nothing.npz"], "no file or folder at nothing.npz"),
         ([*RUN, "--data", "bare.npz"], "bare.npz must hold one input and labels, got no labels"),
-        ([*RUN, "--data", "broken.npz"], "train data must be finite, got NaN or infinity in sample 3"),
+        ([*RUN, "--test", "broken.npz"], "test data must be finite, got NaN or infinity in sample 3"),
         ([*RUN, "--test", "narrow.npz"], "test data must be [6] as those to train on, got [4]"),
         ([*RUN, "--test", "more.npz"], "the network must give [N, 8] logits or more, got [2, 3]"),
         ([*RUN, "--factory-args", '{"in_features": 5}'], "the network must take data of shape [6], got: "),
@@ -449,7 +449,7 @@ RUN = ["run", *SMALL, "--levels", "1", "--out", "new"]
         ([*RUN, "--out", "."], ". must be empty or an experiment's folder, got other files"),
         (["run", *FULL, "--out", "done", "--lr", "0.02"], "got another experiment (optimizer was "),
         (["run", *FULL, "--out", "done", "--batch-size", "30"], "(train was "),
-        (["run", *FULL, "--out", "done", "--factory", "test_cli_ticket:net"], "must be "),
+        (["run", *FULL, "--out", "done", "--factory", "zipfast.zoo:resnet"], "unexpected keyword argument 'in_features'"),
         (["lines", "done", "--points", "4"], "'points' must be odd and at least 3, got 4"),
         (["lines", "done", "--level", "7"], "no level 7 of ticket, seed 0, in done"),
         (["lines", "done", "--kinds", "luck"], "'kinds' must be of ticket, reinit, random, oneshot, got 'luck'"),

@@ -222,7 +222,9 @@ def _level(run: _Run, seed: int, kind: str, level: int, make: Make) -> Path:
     """One training, unless its folder is there; the folder."""
     place = run.out / f"seed-{seed}" / kind
     folder = place / f"level-{level:02d}"
+    unfinished = place / f"level-{level:02d}.partial.safetensors"
     if (folder / RESULT).is_file():
+        unfinished.unlink(missing_ok=True)  # of a run that was killed just after it had finished the level
         return folder
     place.mkdir(exist_ok=True)
     for left in place.glob(f".{folder.name}.*.tmp"):  # of a run that was killed while it wrote
@@ -230,7 +232,6 @@ def _level(run: _Run, seed: int, kind: str, level: int, make: Make) -> Path:
     state, masks, first = make()
     model = run.task.network(seed)
     masks.rewind_(model, state)
-    unfinished = place / f"level-{level:02d}.partial.safetensors"
 
     def keep(_: int, network: nn.Module) -> None:
         checkpoint.save(
