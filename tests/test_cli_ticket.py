@@ -83,16 +83,20 @@ def ticket(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     return run
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """All that an experiment holds; of results, all but the time they took. Leftovers of a kill begin with a dot."""
+def files(folder: Path) -> dict[str, str]:
+    """All that an experiment holds. Of results all but the time they took; of tensors what is in the file, as safetensors
+    writes the entries of its metadata in any order. Leftovers of a kill begin with a dot."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            found[str(path.relative_to(folder))] = path.read_bytes()
-            if path.name == "result.json":
-                plain = json.loads(path.read_text())
-                del plain["seconds"]
-                found[str(path.relative_to(folder))] = json.dumps(plain).encode()
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        if path.suffix == ".safetensors":
+            text = checkpoint.state_hash(load_file(path)) + json.dumps(checkpoint.read_metadata(path))
+        else:
+            plain = json.loads(path.read_text())
+            plain.pop("seconds", None)
+            text = json.dumps(plain)
+        found[str(path.relative_to(folder))] = text
     return found
 
 
