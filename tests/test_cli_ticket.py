@@ -20,6 +20,7 @@ from torch import nn
 from zipfast import checkpoint, cli
 from zipfast.commands.ticket import integers, names
 from zipfast.tickets import PRESETS, Lottery, Masks, rate_for
+from zipfast.zoo import mlp
 
 ROOT = Path(__file__).resolve().parents[1]
 MLP = ["--factory", "zipfast.zoo:mlp", "--factory-args", '{"in_features": 6, "hidden": [12], "out_features": 3}']
@@ -454,6 +455,10 @@ RUN = ["run", *SMALL, "--levels", "1", "--out", "new"]
         (["run", *FULL, "--out", "done", "--lr", "0.02"], "got another experiment (optimizer was "),
         (["run", *FULL, "--out", "done", "--batch-size", "30"], "(train was "),
         (["run", *FULL, "--out", "done", "--factory", "zipfast.zoo:resnet"], "unexpected keyword argument 'in_features'"),
+        (["check", *FULL, "--out", "done", "--lr", "0.02"], "optimizer must be that of done, got another one (was "),
+        (["check", *SMALL, "--controls", "luck"], "'controls' must be of reinit, random, oneshot, got 'luck'"),
+        (["check", *SMALL, "--levels", "-1"], "'levels' must be 0 or more and there must be a seed, got -1 and 1"),
+        ([*RUN, "--controls", "reinit", "--factory", "zipfast.zoo:mlp@m.safetensors"], "got one with a checkpoint"),
         (["lines", "done", "--points", "4"], "'points' must be odd and at least 3, got 4"),
         (["lines", "done", "--level", "7"], "no level 7 of ticket, seed 0, in done"),
         (["lines", "done", "--kinds", "luck"], "'kinds' must be of ticket, reinit, random, oneshot, got 'luck'"),
@@ -468,6 +473,7 @@ RUN = ["run", *SMALL, "--levels", "1", "--out", "new"]
 )  # fmt: skip
 def test_bad_input_is_one_sentence(ticket, argv: list[str], match: str) -> None:
     x, y = torch.randn(140, 6), torch.arange(140) % 3
+    checkpoint.save("m.safetensors", mlp(**json.loads(MLP[3])).state_dict())
     np.savez("bare.npz", x=x)
     np.savez("more.npz", x=x[:8], y=np.arange(8))
     np.savez("narrow.npz", x=x[:, :4], y=y)

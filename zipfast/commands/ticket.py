@@ -33,7 +33,7 @@ from ..tickets import (
     rate_for,
     why_not_mlp,
 )
-from ..tickets.experiment import CONTROLS, KINDS, MASKS, _about, _rates, _short
+from ..tickets.experiment import CONTROLS, KINDS, MASKS, _about, _rates, _short, refuse
 from ..tickets.optim import MODES
 from ..tickets.task import seed_of
 from ..tickets.training import TRAINERS
@@ -374,11 +374,23 @@ def _plan(args: argparse.Namespace, job: _Job) -> dict[str, Any]:
     reason = why_not_mlp(job.task, job.model, args.mode)
     if args.trainer == "mlp" and reason is not None:
         raise ValueError(f"ticket: trainer 'mlp' cannot be used: {reason}")
+    seeds = args.seeds or [0]
+    refuse(
+        job.task,
+        args.levels,
+        args.rewind,
+        args.controls,
+        args.control_levels,
+        seeds,
+        args.every,
+        args.mode,
+        args.trainer,
+    )
     return {
         "levels": args.levels, "rates": 0.2 if rates is None else rates,
         "scope": args.scope or (preset.scope if preset else "layer"), "output": args.output_factor,
         "rewind": args.rewind, "controls": args.controls, "control_levels": args.control_levels,
-        "seeds": args.seeds or [0], "every": args.every, "mode": args.mode, "trainer": args.trainer,
+        "seeds": seeds, "every": args.every, "mode": args.mode, "trainer": args.trainer,
         "only": args.only, "ignore": args.ignore, "checkpoint_seconds": args.checkpoint_seconds,
     }  # fmt: skip
 
@@ -486,7 +498,12 @@ def _check(args: argparse.Namespace) -> int:
     levels = plan["levels"]
     controls = levels if plan["control_levels"] is None else len(plan["control_levels"])
     total = len(plan["seeds"]) * (levels + 1 + len(plan["controls"]) * controls)
-    there = len(Lottery.load(args.out).trainings) if args.out and (Path(args.out) / "settings.json").is_file() else 0
+    there = 0
+    if args.out and (Path(args.out) / "settings.json").is_file():
+        found = Lottery.load(args.out)
+        _same_origin(found.folder, _storable(options))
+        _same_task(found, job)
+        there = len(found.trainings)
     reason = why_not_mlp(job.task, job.model, plan["mode"])
     trainer = "torch" if plan["trainer"] == "torch" or reason is not None else "mlp"
     why = (
@@ -592,12 +609,17 @@ def _again(args: argparse.Namespace, found: Lottery) -> _Job:
     options = _stored(found.folder)
     options |= {n: v for n in READ_BY if (v := getattr(args, n)) not in (None, False)}
     job = _job(options, args.device)
+    _same_task(found, job)
+    return job
+
+
+def _same_task(found: Lottery, job: _Job) -> None:
+    """Refuse a task that is not the experiment's."""
     now = _about(job.task, job.model)
     if differ := [name for name in now if found.settings.get(name) != now[name]]:
         name = differ[0]
         was, seen = _short(found.settings.get(name)), _short(now[name])
         raise ValueError(f"ticket: {name} must be that of {found.folder}, got another one (was {was}, is {seen})")
-    return job
 
 
 def _lines(args: argparse.Namespace, found: Lottery, result: dict[str, Any]) -> str:

@@ -116,6 +116,46 @@ def lottery(
     Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), §1-4; Frankle et al. 2020 (arXiv 1912.05671), §3.
     """
     folder = Path(out)
+    wanted = refuse(task, levels, rewind, controls, control_levels, seeds, every, mode, trainer)
+
+    model = task.network(seeds[0])
+    masks = Masks.ones(model, only=only, ignore=ignore)
+    found = {name: rate for name, rate in _rates(masks, rates, scope, output).items() if rate > 0}
+    if not found:
+        raise ValueError("lottery: a rate must be above 0 for one layer at least, got 0 for all")
+    masks = Masks({n: masks.bits[n] for n in found}, {n: masks.shapes[n] for n in found}, masks.facts)
+    masks.prune(model, found, scope=scope)  # whatever it refuses is said now, and not after the first training
+    settings = {
+        "iterations": task.iterations, "rates": found, "scope": scope, "rewind": rewind, "every": every, "mode": mode,
+        "trainer": trainer, **_about(task, model), "levels": levels, "seeds": list(seeds), "controls": list(controls),
+        "control_levels": wanted,
+    }  # fmt: skip
+    sparse = why_not_mlp(task, model, mode) is None and trainer != "torch"
+    settings = _kept(folder, settings, lambda: mlp_crossover(model) if sparse else 0.0)
+    identity = hashlib.sha256(
+        json.dumps({k: v for k, v in settings.items() if k not in GROWS}, sort_keys=True).encode()
+    ).hexdigest()[:16]
+    run = _Run(
+        task, folder, found, scope, rewind, every, mode, trainer, settings["sparse_below"], masks,
+        checkpoint_seconds, identity, progress,
+    )  # fmt: skip
+    for seed in seeds:
+        _replicate(run, seed, levels, controls, wanted)
+    return Lottery.load(folder)
+
+
+def refuse(
+    task: Task,
+    levels: int,
+    rewind: int,
+    controls: Sequence[str],
+    control_levels: Sequence[int] | None,
+    seeds: Sequence[int],
+    every: int,
+    mode: str,
+    trainer: str,
+) -> list[int]:
+    """Raise ValueError for arguments of :func:`lottery` that no experiment can have; the levels of the controls."""
     for control in controls:
         if control not in CONTROLS:
             raise ValueError(f"lottery: 'controls' must be of {', '.join(CONTROLS)}, got {control!r}")
@@ -132,31 +172,7 @@ def lottery(
     wanted = range(1, levels + 1) if control_levels is None else control_levels
     if any(not 1 <= level <= levels for level in wanted):
         raise ValueError(f"lottery: 'control_levels' must be in [1, {levels}], got {list(wanted)}")
-
-    model = task.network(seeds[0])
-    masks = Masks.ones(model, only=only, ignore=ignore)
-    found = {name: rate for name, rate in _rates(masks, rates, scope, output).items() if rate > 0}
-    if not found:
-        raise ValueError("lottery: a rate must be above 0 for one layer at least, got 0 for all")
-    masks = Masks({n: masks.bits[n] for n in found}, {n: masks.shapes[n] for n in found}, masks.facts)
-    masks.prune(model, found, scope=scope)  # whatever it refuses is said now, and not after the first training
-    settings = {
-        "iterations": task.iterations, "rates": found, "scope": scope, "rewind": rewind, "every": every, "mode": mode,
-        "trainer": trainer, **_about(task, model), "levels": levels, "seeds": list(seeds), "controls": list(controls),
-        "control_levels": list(wanted),
-    }  # fmt: skip
-    sparse = why_not_mlp(task, model, mode) is None and trainer != "torch"
-    settings = _kept(folder, settings, lambda: mlp_crossover(model) if sparse else 0.0)
-    identity = hashlib.sha256(
-        json.dumps({k: v for k, v in settings.items() if k not in GROWS}, sort_keys=True).encode()
-    ).hexdigest()[:16]
-    run = _Run(
-        task, folder, found, scope, rewind, every, mode, trainer, settings["sparse_below"], masks,
-        checkpoint_seconds, identity, progress,
-    )  # fmt: skip
-    for seed in seeds:
-        _replicate(run, seed, levels, controls, list(wanted))
-    return Lottery.load(folder)
+    return list(wanted)
 
 
 def _replicate(run: _Run, seed: int, levels: int, controls: Sequence[str], control_levels: list[int]) -> None:
