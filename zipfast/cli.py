@@ -15,7 +15,7 @@ from typing import Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for bad input (one sentence on stderr), 2 for bad usage."""
     parser = argparse.ArgumentParser(
-        prog="zipfast", description="Merge, rank and average trained networks without training."
+        prog="zipfast", description="Merge, rank and average trained networks without training; find lottery tickets."
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = "average fine-tuned checkpoints into one better model (uniform, greedy, learned), or say why not"
     soup = commands.add_parser("soup", help=about, allow_abbrev=False)
 
+    about = "find lottery tickets: sparse networks that train as well as the dense one, with their controls"
+    ticket = commands.add_parser("ticket", help=about, allow_abbrev=False)
+
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["zip"]:
         return _command(zip_, "zip", given[1:])
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _command(rank, "rank", given[1:])
     if given[:1] == ["soup"]:
         return _command(soup, "soup", given[1:])
+    if given[:1] == ["ticket"]:
+        return _command(ticket, "ticket", given[1:])
     args = parser.parse_args(given)
     try:
         return _info(args) if args.command == "info" else _demo(args)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import nn
 from .. import checkpoint
 from .crossover import mlp_crossover
 from .masks import Masks, Rates
+from .optim import MODES
 from .results import Lottery, Training
 from .task import Batches, Task, seed_of
 from .training import TRAINERS, Trained, train, why_not_mlp
@@ -114,18 +116,7 @@ def lottery(
     Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), §1-4; Frankle et al. 2020 (arXiv 1912.05671), §3.
     """
     folder = Path(out)
-    for control in controls:
-        if control not in CONTROLS:
-            raise ValueError(f"lottery: 'controls' must be of {', '.join(CONTROLS)}, got {control!r}")
-    if levels < 0 or not seeds:
-        raise ValueError(f"lottery: 'levels' must be 0 or more and there must be a seed, got {levels} and {len(seeds)}")
-    if not 0 <= rewind < task.iterations:
-        raise ValueError(f"lottery: 'rewind' must be in [0, {task.iterations}), got {rewind}")
-    if trainer not in TRAINERS:
-        raise ValueError(f"lottery: 'trainer' must be one of {', '.join(TRAINERS)}, got {trainer!r}")
-    wanted = range(1, levels + 1) if control_levels is None else control_levels
-    if any(not 1 <= level <= levels for level in wanted):
-        raise ValueError(f"lottery: 'control_levels' must be in [1, {levels}], got {list(wanted)}")
+    wanted = refuse(task, levels, rewind, controls, control_levels, seeds, every, mode, trainer)
 
     model = task.network(seeds[0])
     masks = Masks.ones(model, only=only, ignore=ignore)
@@ -137,7 +128,7 @@ def lottery(
     settings = {
         "iterations": task.iterations, "rates": found, "scope": scope, "rewind": rewind, "every": every, "mode": mode,
         "trainer": trainer, **_about(task, model), "levels": levels, "seeds": list(seeds), "controls": list(controls),
-        "control_levels": list(wanted),
+        "control_levels": wanted,
     }  # fmt: skip
     sparse = why_not_mlp(task, model, mode) is None and trainer != "torch"
     settings = _kept(folder, settings, lambda: mlp_crossover(model) if sparse else 0.0)
@@ -149,8 +140,39 @@ def lottery(
         checkpoint_seconds, identity, progress,
     )  # fmt: skip
     for seed in seeds:
-        _replicate(run, seed, levels, controls, list(wanted))
+        _replicate(run, seed, levels, controls, wanted)
     return Lottery.load(folder)
+
+
+def refuse(
+    task: Task,
+    levels: int,
+    rewind: int,
+    controls: Sequence[str],
+    control_levels: Sequence[int] | None,
+    seeds: Sequence[int],
+    every: int,
+    mode: str,
+    trainer: str,
+) -> list[int]:
+    """Raise ValueError for arguments of :func:`lottery` that no experiment can have; the levels of the controls."""
+    for control in controls:
+        if control not in CONTROLS:
+            raise ValueError(f"lottery: 'controls' must be of {', '.join(CONTROLS)}, got {control!r}")
+    if levels < 0 or not seeds:
+        raise ValueError(f"lottery: 'levels' must be 0 or more and there must be a seed, got {levels} and {len(seeds)}")
+    if not 0 <= rewind < task.iterations:
+        raise ValueError(f"lottery: 'rewind' must be in [0, {task.iterations}), got {rewind}")
+    if trainer not in TRAINERS:
+        raise ValueError(f"lottery: 'trainer' must be one of {', '.join(TRAINERS)}, got {trainer!r}")
+    if mode not in MODES or every < 1:
+        raise ValueError(
+            f"lottery: 'mode' must be one of {', '.join(MODES)} and 'every' 1 or more, got {mode!r}, {every}"
+        )
+    wanted = range(1, levels + 1) if control_levels is None else control_levels
+    if any(not 1 <= level <= levels for level in wanted):
+        raise ValueError(f"lottery: 'control_levels' must be in [1, {levels}], got {list(wanted)}")
+    return list(wanted)
 
 
 def _replicate(run: _Run, seed: int, levels: int, controls: Sequence[str], control_levels: list[int]) -> None:
@@ -216,15 +238,16 @@ def _level(run: _Run, seed: int, kind: str, level: int, make: Make) -> Path:
     """One training, unless its folder is there; the folder."""
     place = run.out / f"seed-{seed}" / kind
     folder = place / f"level-{level:02d}"
+    unfinished = place / f"level-{level:02d}.partial.safetensors"
     if (folder / RESULT).is_file():
+        unfinished.unlink(missing_ok=True)  # of a run that was killed just after it had finished the level
         return folder
     place.mkdir(exist_ok=True)
     for left in place.glob(f".{folder.name}.*.tmp"):  # of a run that was killed while it wrote
-        shutil.rmtree(left)
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     state, masks, first = make()
     model = run.task.network(seed)
     masks.rewind_(model, state)
-    unfinished = place / f"level-{level:02d}.partial.safetensors"
 
     def keep(_: int, network: nn.Module) -> None:
         checkpoint.save(
@@ -319,7 +342,7 @@ def _kept(folder: Path, settings: dict[str, Any], sparse_below: Callable[[], flo
                 f"lottery: {folder} must be of these settings, got another experiment ({shown}); choose another 'out'"
             )
         settings = {**old, **{k: settings[k] for k in GROWS}}
-    elif any(folder.iterdir()):
+    elif any(not re.fullmatch(r"\.settings\.json\..*\.tmp", file.name) for file in folder.iterdir()):
         raise ValueError(f"lottery: {folder} must be empty or an experiment's folder, got other files")
     else:
         settings = {**settings, "sparse_below": sparse_below()}

@@ -93,10 +93,13 @@ class TorchTrainer:
         self.device = device_of(model)
         self.batches: Iterator[Any] | None = None
         self.generator: Tensor | None = None
+        self.device_generator: Tensor | None = None
 
     def _ready(self) -> None:
         if self.generator is not None:
             torch.set_rng_state(self.generator)
+            if self.device_generator is not None:
+                torch.cuda.set_rng_state(self.device_generator, self.device)
 
     def advance(self, start: int, stop: int) -> None:
         if self.batches is None:
@@ -125,6 +128,8 @@ class TorchTrainer:
                     tensors[f"optimizer.{i}.{name}"] = value
                 else:
                     plain[f"{i}.{name}"] = value
+        if self.device.type == "cuda":
+            tensors["generator.cuda"] = torch.cuda.get_rng_state(self.device)
         return {**tensors, "generator": torch.get_rng_state()}, {"optimizer": plain}
 
     def restore(self, iteration: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -134,7 +139,7 @@ class TorchTrainer:
             i, own = name.split(".", 1)
             state.setdefault(int(i), {})[own] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.generator = tensors["generator"]
+        self.generator, self.device_generator = tensors["generator"], tensors.get("generator.cuda")
         self.batches = stream(self.task.train, iteration, self.seed, self._ready)
 
 
@@ -299,7 +304,8 @@ def train(
     reason = why_not_mlp(task, model, mode)
     if trainer == "mlp" and reason is not None:
         raise ValueError(f"train: trainer 'mlp' cannot be used: {reason}")
-    with torch.random.fork_rng(devices=[]), ExitStack() as afterwards:
+    gpu = device_of(model)
+    with torch.random.fork_rng(devices=[gpu] if gpu.type == "cuda" else []), ExitStack() as afterwards:
         runner: Trainer
         if trainer == "torch" or reason is not None:
             runner = TorchTrainer(task, model, masks, seed, mode)
