@@ -50,8 +50,15 @@ def heights(document: Document, kind: str, level: int, rewind: int = 0) -> list[
     return document["connectivity"][str(rewind)][f"{kind} {level}"]["height"]
 
 
-def per_cent(document: Document, level: int) -> str:
-    return f"{document['density'][str(level)]:.1f} %"
+def per_cent(level: int) -> str:
+    """P_m of a level."""
+    return f"{percent_left(level):.1f} %"
+
+
+def wrapped(plain: str, indent: str = "") -> str:
+    """In lines of the page; a number stays with its sign of per cent."""
+    lines = fill(plain.replace(" %", "\u00a0%"), WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+    return lines.replace("\u00a0", " ")
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Claim:
         return fmean(gaps) if self.over == "mean" else min(gaps)
 
     def __str__(self) -> str:
-        return self.text.format(f"{percent_left(self.level or 0):.1f} %")
+        return self.text.format(per_cent(self.level or 0))
 
 
 def tested(document: Document, first: int = 1, last: int = LEVELS) -> list[int]:
@@ -192,16 +199,15 @@ python benches/lottery_tables.py --report   # writes this page
 
 
 def setting(document: Document) -> str:
-    n = len(document["seeds"])
-    return fill(
+    train, validation, test = SIZES.values()
+    return wrapped(
         f"LeNet-300-100 on 8x8 images (50 200 weights), as Frankle & Carbin 2019 (arXiv 1803.03635) have it: Adam with "
-        f"{PRESET.lr:g}, batches of {PRESET.batch_size}, a fifth of the survivors of each layer pruned per round, a "
-        f"tenth of the output layer's; but {ITERATIONS} iterations, and {SIZES['train']}, {SIZES['validation']} and {SIZES['test']} "
-        f"digits for training, validation and test, one split for all. There are {n} seeds: of the initial weights and the "
-        f"order of the data. One digit of the test is {100 / SIZES['test']:.2f} points; seeds share the test digits, so "
-        f"that a standard error (s.e., over seeds) tells of other seeds, not of other digits.",
-        WIDTH,
-    )  # fmt: skip
+        f"{PRESET.lr:g}, batches of {PRESET.batch_size}, a fifth of the survivors of each layer pruned per round, a tenth "
+        f"of the output layer's; but {ITERATIONS} iterations, and {train}, {validation} and {test} digits for training, "
+        f"validation and test, one split for all. There are {len(document['seeds'])} seeds: of the initial weights and the "
+        f"order of the data. One digit of the test is {100 / test:.2f} points; seeds share the test digits, so that a "
+        f"standard error (s.e., over seeds) tells of other seeds, not of other digits."
+    )
 
 
 WORDS = f"""
@@ -229,7 +235,7 @@ def spread_cell(numbers: Sequence[float], digits: int = 0) -> str:
 def difference_table(document: Document) -> str:
     rows = []
     for level in SHOWN:
-        row = [per_cent(document, level), f"{1 / median(ratios(document, level, 'dense')):.2f}"]
+        row = [per_cent(level), f"{1 / median(ratios(document, level, 'dense')):.2f}"]
         for other in ("dense", "reinit", "random", "oneshot"):
             row.append(mean_cell(paired(document, level, other), "+"))
             if other == "reinit":
@@ -258,7 +264,7 @@ def early_table(document: Document) -> str:
     rows = []
     dense = median(values(document, "ticket", 0, "seconds"))
     for level in (0, *SHOWN):
-        row = [per_cent(document, level)]
+        row = [per_cent(level)]
         row += [
             spread_cell(values(document, kind, level, "early")) if level or kind == "ticket" else "" for kind in KINDS
         ]
@@ -271,11 +277,11 @@ def seed_table(document: Document) -> str:
     columns = {
         "dense, accuracy": [f"{v:.1f}" for v in values(document, "ticket", 0)],
         "dense, early stop": [f"{v:.0f}" for v in values(document, "ticket", 0, "early")],
-        f"early stop / dense, {per_cent(document, 7)}": [f"{1 / v:.2f}" for v in ratios(document, 7, "dense")],
-        f"sooner than re-initialised, {per_cent(document, 7)}": [f"{v:.2f}x" for v in ratios(document, 7, "reinit")],
-        **{f"- dense, {per_cent(document, level)}": [f"{v:+.1f}" for v in paired(document, level, "dense")]
+        f"early stop / dense, {per_cent(7)}": [f"{1 / v:.2f}" for v in ratios(document, 7, "dense")],
+        f"sooner than re-initialised, {per_cent(7)}": [f"{v:.2f}x" for v in ratios(document, 7, "reinit")],
+        **{f"- dense, {per_cent(level)}": [f"{v:+.1f}" for v in paired(document, level, "dense")]
            for level in (9, DOWN_TO_FOUR, ONE)},
-        **{f"- {KINDS[kind]}, {per_cent(document, ONE)}": [f"{v:+.1f}" for v in paired(document, ONE, kind)]
+        **{f"- {KINDS[kind]}, {per_cent(ONE)}": [f"{v:+.1f}" for v in paired(document, ONE, kind)]
            for kind in ("reinit", "random", "oneshot")},
     }  # fmt: skip
     return table(["seed", *columns], [[str(s), *cells] for s, *cells in zip(document["seeds"], *columns.values())])
@@ -286,7 +292,7 @@ def line_table(document: Document) -> str:
     for rewind, found in document["connectivity"].items():
         for name, row in found.items():
             kind, level = name.split()
-            what = "dense network" if level == "0" else f"{KINDS[kind]}, {per_cent(document, int(level))}"
+            what = "dense network" if level == "0" else f"{KINDS[kind]}, {per_cent(int(level))}"
             h = row["height"]
             rows.append(
                 [what, rewind, mean_cell(h), f"{min(h):.2f}..{max(h):.2f}", f"{sum(v < 2 for v in h)} of {len(h)}",
@@ -322,7 +328,7 @@ def smallest(document: Document, kind: str) -> str:
     kept = 0
     while kept < LEVELS and fmean(values(document, kind, kept + 1)) >= dense - WITHIN:
         kept += 1
-    return per_cent(document, kept)
+    return per_cent(kept)
 
 
 def in_short(document: Document) -> list[str]:
@@ -335,12 +341,15 @@ def in_short(document: Document) -> list[str]:
     def barrier(name: str) -> str:
         return f"{fmean(plain[name]['height']):.2f}"
 
+    def barriers(kind: str) -> str:
+        return ", ".join(barrier(f"{kind} {level}") for level in LINES)
+
     def named(wanted: str) -> str:
         found = [str(c) for c in CLAIMS if c.paper == "yes" and verdict(c.gaps(document), c.over).startswith(wanted)]
         return "; ".join(found) or "none"
 
     texts = [
-        f"Masks found by iterative pruning matter: at {per_cent(document, ONE)} the mean accuracy is {low['ticket']} % for "
+        f"At {per_cent(ONE)} the mean accuracy is {low['ticket']} % for "
         f"tickets, {low['reinit']} re-initialised, {low['oneshot']} one-shot, {low['random']} with a random mask; the dense "
         f"network has {fmean(values(document, 'ticket', 0)):.1f}.",
         f"The mean stays within {WITHIN:g} point of the dense network down to {smallest(document, 'ticket')} for tickets, "
@@ -349,19 +358,16 @@ def in_short(document: Document) -> list[str]:
         f"The paper's 38 % earlier than the dense network at 21 % is here {median(dense):.0f} % in the median, from "
         f"{min(dense):.0f} to {max(dense):.0f}; its 2.51 times sooner than re-initialised there is "
         f"{median(ratios(document, 7, 'reinit')):.2f} times; its gain of 0.3 points at 13.5 % is "
-        f"{mean_cell(paired(document, 9, 'dense'), '+')} at {per_cent(document, 9)}.",
-        f"Small tickets do not stop early: at {per_cent(document, ONE)} {last} of "
-        f"{len(KINDS) * len(document['seeds'])} trainings have their least validation loss in the last twentieth.",
-        f"Two copies of the dense network are connected from the start ({barrier('ticket 0')} points), tickets more so "
-        f"({', '.join(barrier(f'ticket {level}') for level in LINES)} at "
-        f"{', '.join(per_cent(document, level) for level in LINES)}), random masks less "
-        f"({', '.join(barrier(f'random {level}') for level in LINES)}), re-initialised ones in between or less, too "
-        f"({', '.join(barrier(f'reinit {level}') for level in LINES)}). After {REWIND} iterations the dense network's "
-        f"barrier is {fmean(rest['ticket 0']['height']):.2f}.",
+        f"{mean_cell(paired(document, 9, 'dense'), '+')} at {per_cent(9)}.",
+        f"At {per_cent(ONE)} {last} of {len(KINDS) * len(document['seeds'])} trainings have their least validation loss in "
+        f"the last twentieth: {ITERATIONS} iterations end them before they are done.",
+        f"Barriers at {', '.join(per_cent(level) for level in LINES)}, mean: tickets {barriers('ticket')}, re-initialised "
+        f"{barriers('reinit')}, random masks {barriers('random')} points; the dense network has {barrier('ticket 0')}, and "
+        f"{fmean(rest['ticket 0']['height']):.2f} after {REWIND} iterations.",
         f"In the papers, but the other way round here: {named('no')}.",
         f"In the papers, but open here: {named('open')}.",
     ]  # fmt: skip
-    return [fill(f"- {line}", WIDTH, subsequent_indent="  ") for line in texts]
+    return [wrapped(f"- {line}", "  ") for line in texts]
 
 
 def text(document: Document) -> str:
@@ -379,25 +385,25 @@ def text(document: Document) -> str:
         "accuracy, or in iterations. *Holds here*: yes, if above 0 in seven of eight seeds, or at all levels; no, if "
         "below 0 in as many; else open. *Asserted*: what a test asks of other seeds, of the least one or of the mean."
     )
+    lines = (
+        f"Two copies of one start see the training data in other orders; the barrier is how far the test accuracy falls, at "
+        f"the worst of {POINTS} points on the line between the two, below the mean of both (Frankle et al. 2020, arXiv "
+        f"1912.05671), in points; mean ± s.e."
+    )
     return "\n".join(
         [
             HEAD, setting(document), WORDS, "## In short", "", *in_short(document), "",
             "## Tickets against the others", "",
             "Mean of paired differences ± s.e., in points of accuracy; early stop as median of paired ratios.", "",
-            difference_table(document), "## Claims", "", fill(rule, WIDTH), "", claim_table(document),
+            difference_table(document), "## Claims", "", wrapped(rule), "", claim_table(document),
             "## Accuracy at every level", "",
             "Mean ± s.e. of the accuracy at the end; *ladder*: P_m before rounds are cut to whole weights.", "",
             level_table(document), "## Early stop and time", "",
             "Median over seeds, with the least and the most; seconds of one training of the ticket.", "",
-            early_table(document), fill(trainer, WIDTH), "", "## Seed by seed", "", seed_table(document),
+            early_table(document), wrapped(trainer), "", "## Seed by seed", "", seed_table(document),
             "## Linear mode connectivity", "",
-            fill(
-                f"Two copies of one start see the training data in other orders; the barrier is how far the test accuracy "
-                f"falls, at the worst of {POINTS} points on the line between the two, below the mean of both (Frankle et "
-                f"al. 2020, arXiv 1912.05671), in points; mean ± s.e.",
-                WIDTH,
-            ), "",
-            line_table(document), "## Time", "", fill(time, WIDTH),
+            wrapped(lines), "",
+            line_table(document), "## Time", "", wrapped(time),
         ]
     ).rstrip("\n") + "\n"  # fmt: skip
 
