@@ -42,6 +42,8 @@ def test_the_results_are_whole():
         first = int(kind in lottery_tables.CONTROLS)
         assert list(map(int, levels)) == list(range(first, lottery_tables.LEVELS + 1))
         assert all(len(numbers) == seeds for level in levels.values() for numbers in level.values())
+    for levels in document["normalised"].values():
+        assert all(len(numbers) == seeds for level in levels.values() for numbers in level.values())
     for rows in document["connectivity"].values():
         assert all(len(numbers) == seeds for row in rows.values() for numbers in row.values())
 
