@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent.parent.parent / "benches"
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
+import lottery_figure  # noqa: E402
 import lottery_page  # noqa: E402
 import lottery_tables  # noqa: E402
 from harness import threads  # noqa: E402
@@ -71,6 +72,18 @@ def test_pruning_at_once_or_anywhere_is_far_below_at_one_per_cent(tmp_path):
     assert ends["ticket", 0] > 90
     assert ends["ticket", last] - ends["oneshot", last] > 5
     assert ends["ticket", last] - ends["random", last] > 20
+
+
+def test_the_figure_is_drawn_and_not_trained_again(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    with threads(1):
+        first = lottery_figure.draw(tmp_path / "out", 1, 2, iterations=60)
+        again = lottery_figure.draw(tmp_path / "out", 1, 2, iterations=60)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "experiment", "layers.png", "levels.png", "lines.png", "overlap.png"
+    }  # fmt: skip
+    assert first.trainings == again.trainings and len(first.trainings) == 3 + 3 * 2
 
 
 @pytest.fixture(scope="module")
