@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | check | bench | gpu.  Each is the one command needed on a fresh machine: an environment is made in
-# .venv when none is active, and torch is installed only where there is none.
+# make demo | lottery | test | check | bench | gpu.  Each is the one command needed on a fresh machine: an environment is
+# made in .venv when none is active, and torch is installed only where there is none.
 BASE_PYTHON ?= python3
 ifneq ($(strip $(VIRTUAL_ENV)),)
   ENV := $(VIRTUAL_ENV)
@@ -13,9 +13,10 @@ PYTHON := $(ENV)/bin/python
 RESULTS ?= benches/results
 PYTEST_ARGS ?=
 
-.PHONY: help demo test slow check bench gpu native clean
+.PHONY: help demo lottery test slow check bench gpu native clean
 help:
 	@echo "make demo   train two small networks, merge them, show the result (about a minute)"
+	@echo "make lottery  find lottery tickets on handwritten digits, draw the LeNet figures into lottery-out (minutes)"
 	@echo "make test   the test suite on every backend this machine has (no GPU or CUDA toolkit needed)"
 	@echo "make slow   the tests that take minutes"
 	@echo "make check  CUDA compiled and audited, sanitizers, race check, linters (needs nvcc)"
@@ -33,6 +34,9 @@ $(ENV)/.zipfast-%: pyproject.toml setup.py CMakeLists.txt | $(ENV)/bin/python
 
 demo: $(ENV)/.zipfast-demo
 	$(PYTHON) -m zipfast demo
+
+lottery: $(ENV)/.zipfast-demo
+	PYTHONPATH=. $(PYTHON) benches/lottery_figure.py
 
 # an edit of csrc is compiled again before the tests see it
 native: $(ENV)/.zipfast-test

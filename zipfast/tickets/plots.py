@@ -88,8 +88,9 @@ def plot_lines(lines: Sequence[Connectivity], path: str | os.PathLike[str]) -> N
         raise ValueError("plot_lines: 'lines' must hold a line, got none")
     figure, axes = _pyplot().subplots(figsize=(6, 3.8), layout="constrained")
     for line in lines:
-        label = f"{NAMES[line.kind]}, {100 * line.density:.1f} %"
-        axes.plot(line.barrier.alphas, line.barrier.scores, ".-", color=COLORS[line.kind], label=label)
+        label = f"{NAMES[line.kind]}, {100 * line.density:.1f} %" if line.level else "dense network"
+        color = COLORS[line.kind] if line.level else "0.4"
+        axes.plot(line.barrier.alphas, line.barrier.scores, ".-", color=color, label=label)
     axes.set_xlabel("from one copy to the other")
     axes.set_ylabel("test accuracy (%)")
     axes.legend(fontsize=8)
