@@ -140,10 +140,10 @@ def measure(
     return document
 
 
-def normalise(seeds: Sequence[int]) -> dict[str, Any]:
+def normalise(seeds: Sequence[int], **options: Any) -> dict[str, Any]:
     """As the levels, with controls at SHOWN, and early stops looked for at every hundredth iteration only."""
+    options = {"controls": CONTROLS, "control_levels": SHOWN, "every": 100, **options}
     with tempfile.TemporaryDirectory() as folder:
-        options = {"controls": CONTROLS, "control_levels": SHOWN, "every": 100}
         return by_level(experiment(Path(folder) / "out", seeds, task_of(normalised=True), **options), seeds)
 
 

@@ -90,7 +90,9 @@ def test_the_figure_is_drawn_and_not_trained_again(tmp_path):
 def fresh():
     pytest.importorskip("sklearn")
     with threads(1):
-        return lottery_tables.measure(FRESH, control_levels=lottery_page.SHOWN, rewound_levels=0)
+        found = lottery_tables.measure(FRESH, control_levels=lottery_page.SHOWN, rewound_levels=0)
+        tickets = {"levels": lottery_page.DOWN_TO_FOUR, "controls": (), "control_levels": None}
+        return {**found, "normalised": lottery_tables.normalise(FRESH, **tickets)}
 
 
 @pytest.mark.slow
