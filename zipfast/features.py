@@ -42,7 +42,9 @@ def batch_inputs(batch: Any, device: torch.device | None = None) -> tuple[tuple[
 
 
 def batch_labels(batch: Any) -> Any:
-    """The second item of a batch that is a tuple or list; None if there is none."""
+    """The second item of a batch that is a tuple or list, ``labels`` of one that is a mapping; None if there is none."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
 
 

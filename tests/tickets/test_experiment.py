@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from zipfast import checkpoint
 from zipfast.tickets import Batches, Lottery, Masks, Task, connectivity, lottery, train
@@ -240,6 +242,105 @@ def test_a_folder_of_another_configuration(small: Lottery) -> None:
     ):
         with pytest.raises(ValueError, match=f"must be of these settings, got another experiment .*{message}"):
             lottery(task, out=small.folder, **options)
+
+
+def test_what_differs_beyond_the_first_look(tmp_path: Path) -> None:
+    """Loaders, losses, further groups of parameters and activations of the same shapes are told apart, too."""
+    data = [TensorDataset(X[a:b], Y[a:b]) for a, b in ((0, 50), (50, 70), (70, 90))]
+
+    def task(size: int = 10, lr: float = 0.1, smoothing: float = 0.0, act: type[nn.Module] = nn.Tanh) -> Task:
+        def optimizer(parameters):  # type: ignore[no-untyped-def]
+            first, *rest = parameters
+            return torch.optim.SGD([{"params": [first]}, {"params": rest, "lr": torch.tensor(lr)}], 0.1)
+
+        loaders = [DataLoader(data[0], size, shuffle=True), DataLoader(data[1], 20), DataLoader(data[2], 20)]
+        loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        return Task(lambda: nn.Sequential(nn.Linear(5, 8), act(), nn.Linear(8, 3)), *loaders, 20, optimizer, loss=loss)
+
+    out = tmp_path / "out"
+    lottery(task(), out=out, **{**SMALL, "levels": 0})
+    for other, what in (
+        (task(size=5), "train"),
+        (task(lr=0.2), "optimizer"),
+        (task(smoothing=0.1), "loss"),
+        (task(act=nn.Sigmoid), "modules"),
+    ):
+        with pytest.raises(ValueError, match=rf"got another experiment \({what} was "):
+            lottery(other, out=out, **SMALL)
+    lottery(task(), out=out, **{**SMALL, "levels": 1})
+
+
+def test_levels_of_other_experiments(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    lottery(task_of(), out=one, **SMALL)
+    lottery(task_of(rate=0.02), out=two, **SMALL)
+    level = one / "seed-0/ticket/level-02"
+    shutil.rmtree(level)
+    shutil.copytree(two / "seed-0/ticket/level-02", level)
+    with pytest.raises(ValueError, match="level-02 is a level of another experiment, seed or kind; delete it and run"):
+        lottery(task_of(), out=one, **SMALL)
+    shutil.rmtree(level)
+    (level).mkdir()
+    with pytest.raises(ValueError, match=r"level-02 is damaged \(FileNotFoundError.*delete it and run again"):
+        lottery(task_of(), out=one, **SMALL)
+    level.rmdir()
+    other = one / "seed-0/ticket/level-03"
+    shutil.copy(two / "seed-0/ticket/level-01/masks.safetensors", other / "masks.safetensors")
+    with pytest.raises(
+        ValueError, match="level-03 must be within the level before, got other masks; delete it and run"
+    ):
+        lottery(task_of(), out=one, **SMALL)
+    Masks.ones(nn.Linear(2, 2)).save(other / "masks.safetensors")
+    with pytest.raises(
+        ValueError, match=r"level-03/masks.safetensors cannot be used .*delete .*level-03 and run again"
+    ):
+        lottery(task_of(), out=one, **SMALL)
+    shutil.rmtree(other)
+    assert equal(
+        lottery(task_of(), out=one, **SMALL).state(3), lottery(task_of(), out=tmp_path / "three", **SMALL).state(3)
+    )
+
+
+def test_the_output_layer_is_the_networks(tmp_path: Path) -> None:
+    found = lottery(task_of(), out=tmp_path / "out", ignore="4", **SMALL)
+    assert found.settings["rates"] == {"0.weight": 0.3, "2.weight": 0.3}
+
+
+def test_networks_that_are_not_fresh(tmp_path: Path) -> None:
+    def fixed() -> nn.Module:
+        torch.manual_seed(0)
+        return perceptron()
+
+    def noise() -> nn.Module:
+        net = perceptron()
+        net[0].weight.data.mul_(random.random())
+        return net
+
+    once = perceptron()
+    for build, options, message in (
+        (lambda: once, {}, "'build' must make a new network at each call"),
+        (noise, {}, "with the same weights for the same seed"),
+        (fixed, {"seeds": (0, 1)}, "'build' must draw its weights under torch's seed, got the same for two seeds"),
+        (fixed, {"controls": ["reinit"]}, "'build' must draw its weights under torch's seed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lottery(task_of(build), out=tmp_path / "out", **SMALL, **options)
+        assert not (tmp_path / "out").exists()
+    lottery(task_of(fixed), out=tmp_path / "out", **{**SMALL, "levels": 0})
+
+
+def test_optimisers_that_want_a_closure(tmp_path: Path) -> None:
+    task = Task(perceptron, [(X, Y)], [(X, Y)], [(X, Y)], 3, torch.optim.LBFGS)
+    with pytest.raises(ValueError, match="'optimizer' must step without a closure, got LBFGS"):
+        lottery(task, out=tmp_path / "out", **SMALL)
+
+
+def test_a_smaller_run_takes_nothing_away(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lottery(task_of(), out=out, controls=["random"], **SMALL)
+    found = lottery(task_of(), out=out, seeds=(2,), **{**SMALL, "levels": 1})
+    assert found.settings["levels"] == 3 and found.settings["seeds"] == [0, 2]
+    assert found.settings["controls"] == ["random"] and found.settings["control_levels"] == [1, 2, 3]
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

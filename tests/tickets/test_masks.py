@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -358,11 +359,41 @@ def test_agrees_with_torch_prune_where_there_are_no_ties() -> None:
 # scores
 
 
+def test_amounts_of_other_kinds() -> None:
+    net = nn.Linear(4, 5)
+    masks = Masks.ones(net)
+    assert masks.prune(net, np.int64(3)).alive == {"weight": 17} == masks.prune(net, np.float32(0.15)).alive
+    for bad in (True, "0.5", None):
+        with pytest.raises(TypeError, match="'amount' must be a number, or numbers by name, got"):
+            masks.prune(net, bad)
+    with pytest.raises(ValueError, match="'amount' must be 0 or more, got -1"):
+        masks.prune(net, -1)
+    with pytest.raises(TypeError, match="scop"):
+        masks.prune(net, 0.5, scop="layer")
+
+
+def test_weights_of_recurrent_cells_by_name() -> None:
+    net = nn.Sequential(nn.GRU(3, 4), nn.Linear(4, 2))
+    assert list(Masks.ones(net)) == ["1.weight"]
+    assert list(Masks.ones(net, only="weight")) == ["0.weight_ih_l0", "0.weight_hh_l0", "1.weight"]
+    with pytest.raises(ValueError, match=r"'only' must be a regular expression, got '\(': missing \)"):
+        Masks.ones(net, only="(")
+
+
+def test_rewinding_to_another_network() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    state = {k: v for k, v in net.state_dict().items() if k != "1.running_var"}
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"the state must be of this network, got no '1\.running_var'"):
+        Masks.ones(net).rewind_(net, state)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
 def test_scores_of_ones_own() -> None:
     net = small()
     masks = Masks.ones(net)
     mine = {name: torch.arange(w.numel(), 0, -1.0).view(w.shape) for name, w in prunable(net).items()}
-    found = masks.prune(mine, 0.5, scope="layer", rule="position")
+    found = masks.prune(mine, 0.5, scope="layer", facts={"rule": "position"})
     assert survivors(found) == [(n, i) for n, size in masks.sizes.items() for i in range(size - round(size / 2))]
     assert found.facts["rule"] == "position"
     assert masks.prune({**mine, "other": torch.zeros(3)}, 0.5, scope="layer") == found, "more names do no harm"

@@ -140,6 +140,35 @@ def test_measure() -> None:
     assert accuracy == pytest.approx(100 * float((output.argmax(1) == Y).float().mean()))
 
 
+def test_measure_counts_samples_and_places() -> None:
+    """Labels at each position: the mean loss is the loss's own mean; negative labels are none."""
+    model = nn.Linear(6, 3)
+    x, y = torch.randn(20, 7, 6), torch.randint(3, (20, 7))
+    y[:, 0] = -100
+
+    def loss(output: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.flatten(0, 1), labels.flatten())
+
+    found, accuracy = measure(model, [(x[:12], y[:12]), (x[12:], y[12:])], loss)
+    output = model(x).detach()
+    assert found == pytest.approx(float(loss(output, y)), rel=1e-5)
+    assert accuracy == pytest.approx(100 * float((output.argmax(-1) == y)[:, 1:].float().mean()))
+    named = measure(lambda_model(), [{"x": x[:, 1], "labels": y[:, 1]}], nn.functional.cross_entropy)
+    assert 0 <= named[1] <= 100
+
+
+def lambda_model() -> nn.Module:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            return self.layer(x)
+
+    return Named()
+
+
 # --------------------------------------------------------------------------------------------------------------- trainers
 
 
@@ -214,6 +243,67 @@ def test_reasons_against_the_fast_trainer() -> None:
             run(task_of(), **options)
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x)
+
+
+class Scaled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_what_only_looks_like_a_perceptron() -> None:
+    relu, shared = nn.ReLU(), nn.Linear(20, 20)
+    hooked, normed = perceptron(), perceptron()
+    hooked[1].register_forward_hook(lambda *a: None)
+    nn.utils.parametrizations.weight_norm(normed[1])
+    tied = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))
+    tied[4].weight = tied[2].weight
+    for model, reason in (
+        (nn.Sequential(nn.Linear(6, 20), nn.ReLU(), Residual(), nn.ReLU(), nn.Linear(20, 3)), "no plain nn.Sequential"),
+        (Scaled(*perceptron()), "no plain nn.Sequential"),
+        (nn.Sequential(nn.Linear(6, 20), relu, nn.Linear(20, 3), relu), "no nn.Sequential of linear layers"),
+        (nn.Sequential(nn.Linear(6, 20), relu, shared, relu, shared), "layers share a weight"),
+        (tied, "layers share a weight"),
+        (hooked, "a module has hooks"),
+        (normed, "no plain nn.Sequential"),
+        (nn.Sequential(nn.Flatten(2), *perceptron()[1:]), "inputs of several dimensions are not flattened"),
+    ):
+        assert reason in str(why_not_mlp(task_of(), model)), reason
+    nested = nn.Sequential(
+        nn.Sequential(nn.Linear(6, 20), relu), nn.Sequential(nn.Linear(20, 20), relu), nn.Linear(20, 3)
+    )
+    assert why_not_mlp(task_of(), nested) is None
+    images = Batches(X.view(50, 1, 2, 3), Y, 8)
+    assert "are not flattened" in str(why_not_mlp(task_of(loader=images), perceptron()[1:]))
+    assert why_not_mlp(task_of(loader=images), perceptron()) is None
+    heavy = task_of(optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=1.0))
+    assert "the momentum is 1 or more" in str(why_not_mlp(heavy, perceptron()))
+
+    def watched(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = adam(parameters)
+        optimizer.register_step_pre_hook(lambda *a: None)
+        return optimizer
+
+    assert "hooks around its step" in str(why_not_mlp(task_of(optimizer=watched), perceptron()))
+
+
+def test_schedules_must_be_numbers() -> None:
+    for trainer in ("torch", "mlp"):
+        with pytest.raises(ValueError, match=r"'schedule' must give numbers of 0 or more, got -1.0 for iteration 5"):
+            run(task_of(schedule=lambda i: -1.0 if i == 5 else 1.0), trainer=trainer)
+
+
+def test_batches_without_labels() -> None:
+    with pytest.raises(ValueError, match="each training batch must hold labels beside the inputs, got none"):
+        run(task_of(noisy, loader=[X[:8], X[8:16]]))
+
+
 def test_the_users_generator_is_left_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -267,7 +357,23 @@ class Augmented:
             yield X[8 * i : 8 * i + 8] + 0.1 * torch.randn(1), Y[8 * i : 8 * i + 8]
 
 
+class Counted(torch.optim.SGD):
+    """Keeps a number in its groups, as schedule-free optimisers do."""
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            group["momentum"] = 0.9 / group["k"]
+        return super().step(closure)
+
+
 CASES = {
+    "groups": (task_of(noisy, optimizer=lambda p: Counted(p, 0.05, momentum=0.9)), {}),
+    "late loader": (task_of(noisy, loader=Augmented()), {"start": 10}),
+    "own generator": (
+        task_of(noisy, loader=DataLoader(TensorDataset(X, Y), 8, shuffle=True, generator=torch.Generator())),
+        {},
+    ),
     "mlp": (task_of(), {"trainer": "mlp"}),
     "mlp sgd": (task_of(optimizer=RULES["momentum"]), {"trainer": "mlp"}),
     "torch": (task_of(), {"trainer": "torch"}),

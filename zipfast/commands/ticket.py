@@ -33,10 +33,12 @@ from ..tickets import (
     rate_for,
     why_not_mlp,
 )
-from ..tickets.experiment import CONTROLS, KINDS, MASKS, _about, _rates, _short, refuse
+from ..tickets.experiment import MASKS
 from ..tickets.optim import MODES
+from ..tickets.results import KINDS
+from ..tickets.settings import CONTROLS, check_task, rates_by_name, refuse, short
 from ..tickets.task import seed_of
-from ..tickets.training import TRAINERS
+from ..tickets.trainers import TRAINERS
 from . import common
 from .zip import arguments
 
@@ -471,7 +473,7 @@ def _same_origin(folder: Path, options: dict[str, Any]) -> None:
         old = _stored(folder)
         for name in BUILT_BY:
             if old.get(name) != options[name]:
-                was, now = _short(old.get(name)), _short(options[name])
+                was, now = short(old.get(name)), short(options[name])
                 raise ValueError(f"ticket: {folder} is of another {name} (was {was}, is {now}); choose another --out")
 
 
@@ -490,7 +492,11 @@ def _check(args: argparse.Namespace) -> int:
     job = _job(_settled(args), args.device)
     plan, options = _plan(args, job), job.options
     masks = Masks.ones(job.model, only=plan["only"], ignore=plan["ignore"])
-    rates = {n: rate for n, rate in _rates(masks, plan["rates"], plan["scope"], plan["output"]).items() if rate > 0}
+    rates = {
+        n: rate
+        for n, rate in rates_by_name(job.model, masks, plan["rates"], plan["scope"], plan["output"]).items()
+        if rate > 0
+    }
     if not rates:
         raise ValueError("ticket: a rate must be above 0 for one layer at least, got 0 for all")
     bits = sum(masks.bits[name].numel() for name in rates)
@@ -502,7 +508,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.out and (Path(args.out) / "settings.json").is_file():
         found = Lottery.load(args.out)
         _same_origin(found.folder, _storable(options))
-        _same_task(found, job)
+        check_task(job.task, found.settings, found.folder, "ticket")
         there = len(found.trainings)
     reason = why_not_mlp(job.task, job.model, plan["mode"])
     trainer = "torch" if plan["trainer"] == "torch" or reason is not None else "mlp"
@@ -609,17 +615,8 @@ def _again(args: argparse.Namespace, found: Lottery) -> _Job:
     options = _stored(found.folder)
     options |= {n: v for n in READ_BY if (v := getattr(args, n)) not in (None, False)}
     job = _job(options, args.device)
-    _same_task(found, job)
+    check_task(job.task, found.settings, found.folder, "ticket")
     return job
-
-
-def _same_task(found: Lottery, job: _Job) -> None:
-    """Refuse a task that is not the experiment's."""
-    now = _about(job.task, job.model)
-    if differ := [name for name in now if found.settings.get(name) != now[name]]:
-        name = differ[0]
-        was, seen = _short(found.settings.get(name)), _short(now[name])
-        raise ValueError(f"ticket: {name} must be that of {found.folder}, got another one (was {was}, is {seen})")
 
 
 def _lines(args: argparse.Namespace, found: Lottery, result: dict[str, Any]) -> str:

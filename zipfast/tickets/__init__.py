@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lottery tickets: sparse subnetworks that train as well as the dense network they were found in.
 
-masks (one bit a weight) · scores · optim (where the mask acts) · task (what is trained) · training (one level) · experiment
-(levels, rewinding, controls, resume) · results · connectivity · networks (of the papers) · sparse (layers of survivors) ·
-crossover (when sparse pays) · plots.
+masks (one bit a weight) · scores · optim (where the mask acts) · task (what is trained) · trainers, training (one level) ·
+settings, experiment (levels, rewinding, controls, resume) · results · connectivity · networks (of the papers) · sparse
+(layers of survivors) · crossover (when sparse pays) · plots.
 """
 
 from .connectivity import Connectivity, connectivity
@@ -15,7 +15,8 @@ from .optim import MaskedOptimizer, why_not_fused
 from .results import Lottery, Row, Training
 from .sparse import SparseLinear, SparseWeight
 from .task import Batches, Task, measure
-from .training import Point, Trained, train, why_not_mlp
+from .trainers import why_not_mlp
+from .training import Point, Trained, train
 
 __all__ = [
     "PRESETS",

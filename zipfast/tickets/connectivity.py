@@ -14,6 +14,7 @@ from ..soups import Barrier
 from ..soups import barrier as barrier_of
 from .masks import Masks
 from .results import Lottery
+from .settings import check_task
 from .task import Task, measure, seed_of
 from .training import train
 
@@ -67,6 +68,7 @@ def connectivity(
 
     Reference: Frankle et al. 2020 (linear mode connectivity, arXiv 1912.05671), §2.
     """
+    check_task(task, found.settings, found.folder, "connectivity")
     masks = found.masks(level, seed=seed, kind=kind)
     start = found.start(seed=seed)
     first = found.settings["rewind"]

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,14 +27,12 @@ from torch import nn
 from .. import checkpoint
 from .crossover import mlp_crossover
 from .masks import Masks, Rates
-from .optim import MODES
 from .results import Lottery, Training
+from .settings import GROWS, about, check_seeds, kept, rates_by_name, refuse
 from .task import Batches, Task, seed_of
-from .training import TRAINERS, Trained, train, why_not_mlp
+from .trainers import why_not_mlp
+from .training import Trained, train
 
-CONTROLS = ("reinit", "random", "oneshot")
-KINDS = ("ticket", *CONTROLS)
-GROWS = ("levels", "seeds", "controls", "control_levels")  # settings that a later run may add to
 State: TypeAlias = dict[str, torch.Tensor]
 Make: TypeAlias = Callable[[], tuple[State, Masks, int]]  # initial state, masks, the iteration it stands at
 MASKS, MODEL, RESULT = "masks.safetensors", "model.safetensors", "result.json"
@@ -115,23 +112,28 @@ def lottery(
 
     Reference: Frankle & Carbin 2019 (lottery tickets, arXiv 1803.03635), §1-4; Frankle et al. 2020 (arXiv 1912.05671), §3.
     """
-    folder = Path(out)
+    folder, seeds = Path(out), [int(seed) for seed in seeds]
     wanted = refuse(task, levels, rewind, controls, control_levels, seeds, every, mode, trainer)
-
     model = task.network(seeds[0])
     masks = Masks.ones(model, only=only, ignore=ignore)
-    found = {name: rate for name, rate in _rates(masks, rates, scope, output).items() if rate > 0}
+    found = {name: rate for name, rate in rates_by_name(model, masks, rates, scope, output).items() if rate > 0}
     if not found:
         raise ValueError("lottery: a rate must be above 0 for one layer at least, got 0 for all")
     masks = Masks({n: masks.bits[n] for n in found}, {n: masks.shapes[n] for n in found}, masks.facts)
     masks.prune(model, found, scope=scope)  # whatever it refuses is said now, and not after the first training
     settings = {
         "iterations": task.iterations, "rates": found, "scope": scope, "rewind": rewind, "every": every, "mode": mode,
-        "trainer": trainer, **_about(task, model), "levels": levels, "seeds": list(seeds), "controls": list(controls),
+        "trainer": trainer, **about(task, model), "levels": levels, "seeds": list(seeds), "controls": list(controls),
         "control_levels": wanted,
     }  # fmt: skip
-    sparse = why_not_mlp(task, model, mode) is None and trainer != "torch"
-    settings = _kept(folder, settings, lambda: mlp_crossover(model) if sparse else 0.0)
+    if len(seeds) > 1 or "reinit" in controls:
+        check_seeds(task, [*seeds, -1])
+    reason = why_not_mlp(task, model, mode)
+    if trainer == "mlp" and reason is not None:
+        raise ValueError(f"lottery: trainer 'mlp' cannot be used: {reason}")
+    sparse = reason is None and trainer != "torch"
+    size = task.train.size if isinstance(task.train, Batches) else 1
+    settings = kept(folder, settings, lambda: mlp_crossover(model, batch=size) if sparse else 0.0)
     identity = hashlib.sha256(
         json.dumps({k: v for k, v in settings.items() if k not in GROWS}, sort_keys=True).encode()
     ).hexdigest()[:16]
@@ -144,47 +146,20 @@ def lottery(
     return Lottery.load(folder)
 
 
-def refuse(
-    task: Task,
-    levels: int,
-    rewind: int,
-    controls: Sequence[str],
-    control_levels: Sequence[int] | None,
-    seeds: Sequence[int],
-    every: int,
-    mode: str,
-    trainer: str,
-) -> list[int]:
-    """Raise ValueError for arguments of :func:`lottery` that no experiment can have; the levels of the controls."""
-    for control in controls:
-        if control not in CONTROLS:
-            raise ValueError(f"lottery: 'controls' must be of {', '.join(CONTROLS)}, got {control!r}")
-    if levels < 0 or not seeds:
-        raise ValueError(f"lottery: 'levels' must be 0 or more and there must be a seed, got {levels} and {len(seeds)}")
-    if not 0 <= rewind < task.iterations:
-        raise ValueError(f"lottery: 'rewind' must be in [0, {task.iterations}), got {rewind}")
-    if trainer not in TRAINERS:
-        raise ValueError(f"lottery: 'trainer' must be one of {', '.join(TRAINERS)}, got {trainer!r}")
-    if mode not in MODES or every < 1:
-        raise ValueError(
-            f"lottery: 'mode' must be one of {', '.join(MODES)} and 'every' 1 or more, got {mode!r}, {every}"
-        )
-    wanted = range(1, levels + 1) if control_levels is None else control_levels
-    if any(not 1 <= level <= levels for level in wanted):
-        raise ValueError(f"lottery: 'control_levels' must be in [1, {levels}], got {list(wanted)}")
-    return list(wanted)
-
-
 def _replicate(run: _Run, seed: int, levels: int, controls: Sequence[str], control_levels: list[int]) -> None:
     """All trainings of one seed: the tickets from dense to sparse, then the controls."""
     place = run.out / f"seed-{seed}"
     place.mkdir(exist_ok=True)
     start = _start(run, seed)
     ladder = [_level(run, seed, "ticket", 0, lambda: (start, run.ones, 0))]
-    rewound = start if run.rewind == 0 else checkpoint.load(place / "rewind.safetensors")
+    rewound = start if run.rewind == 0 else _read(place / "rewind.safetensors")
     for level in range(1, levels + 1):
         make: Make = partial(_ticket, run, rewound, ladder[-1])
         ladder.append(_level(run, seed, "ticket", level, make))
+        if not _read(ladder[-1] / MASKS, run).within(_read(ladder[-2] / MASKS, run)):
+            raise ValueError(
+                f"lottery: {ladder[-1]} must be within the level before, got other masks; delete it and run again"
+            )
     for control in controls:
         for level in control_levels:
             make = partial(_control, run, seed, control, level, rewound, ladder[level], ladder[0])
@@ -193,14 +168,17 @@ def _replicate(run: _Run, seed: int, levels: int, controls: Sequence[str], contr
 
 def _ticket(run: _Run, rewound: State, before: Path) -> tuple[State, Masks, int]:
     """The masks after one more round, by the weights that the level before ended with."""
-    masks = Masks.load(before / MASKS).prune(checkpoint.load(before / MODEL), run.rates, scope=run.scope)
+    try:
+        masks = _read(before / MASKS, run).prune(_read(before / MODEL), run.rates, scope=run.scope)
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith("lottery") else f"lottery: {before / MODEL}: {e}") from None
     return rewound, masks, run.rewind
 
 
 def _control(
     run: _Run, seed: int, control: str, level: int, rewound: State, ticket: Path, dense: Path
 ) -> tuple[State, Masks, int]:
-    masks = Masks.load(ticket / MASKS)
+    masks = _read(ticket / MASKS, run)
     if control == "reinit":
         return dict(run.task.network(seed_of(seed, "reinit", level) % (1 << 63)).state_dict()), masks, 0
     if control == "random":
@@ -212,7 +190,7 @@ def _start(run: _Run, seed: int) -> State:
     """θ₀, from its file once there is one."""
     path = run.out / f"seed-{seed}" / "start.safetensors"
     if path.exists():
-        return checkpoint.load(path)
+        return _read(path)
     state = {name: value.detach().clone() for name, value in run.task.network(seed).state_dict().items()}
     checkpoint.save(path, state, {"identity": run.identity, "seed": seed})
     return state
@@ -220,12 +198,9 @@ def _start(run: _Run, seed: int) -> State:
 
 def _oneshot(run: _Run, dense: Path, ticket: Masks) -> Masks:
     """The dense network pruned at once, to as many survivors as the ticket has: of each layer, or of each pool of layers."""
-    masks, weights = Masks.load(dense / MASKS), checkpoint.load(dense / MODEL)
+    masks, weights = _read(dense / MASKS, run), _read(dense / MODEL)
     sizes, alive = masks.sizes, ticket.alive
-    if run.scope == "layer":
-        pools = [[name] for name in run.rates]
-    else:
-        pools = [[n for n in run.rates if run.rates[n] == rate] for rate in dict.fromkeys(run.rates.values())]
+    pools, _ = masks.pools(run.rates, run.scope)
     bits = dict(masks.bits)
     for pool in pools:
         part = Masks({n: masks.bits[n] for n in pool}, {n: masks.shapes[n] for n in pool})
@@ -239,8 +214,10 @@ def _level(run: _Run, seed: int, kind: str, level: int, make: Make) -> Path:
     place = run.out / f"seed-{seed}" / kind
     folder = place / f"level-{level:02d}"
     unfinished = place / f"level-{level:02d}.partial.safetensors"
-    if (folder / RESULT).is_file():
+    identity = f"{run.identity}/{seed}/{kind}/{level}"
+    if folder.exists():
         unfinished.unlink(missing_ok=True)  # of a run that was killed just after it had finished the level
+        _check_level(folder, identity)
         return folder
     place.mkdir(exist_ok=True)
     for left in place.glob(f".{folder.name}.*.tmp"):  # of a run that was killed while it wrote
@@ -258,18 +235,42 @@ def _level(run: _Run, seed: int, kind: str, level: int, make: Make) -> Path:
     done = train(
         run.task, model, masks, seed=seed, start=first, every=run.every, mode=run.mode, trainer=run.trainer,
         sparse_below=run.sparse_below, partial=unfinished, checkpoint_seconds=run.checkpoint_seconds,
-        identity=f"{run.identity}/{seed}/{kind}/{level}/{masks.hash()[:16]}",
+        identity=f"{identity}/{masks.hash()[:16]}",
         keep=keep, keep_at=run.rewind if kind == "ticket" and level == 0 and run.rewind else None,
         progress=None if tell is None else partial(tell, kind, seed, level),
     )  # fmt: skip
     masks.apply_(model)  # in mode "forward" what is dead has moved
-    result = _result(kind, seed, level, masks, done)
+    result = {"identity": identity, **_result(kind, seed, level, masks, done)}
     with checkpoint.atomic_folder(folder) as temporary:
         checkpoint.save(temporary / MODEL, model.state_dict(), {"identity": run.identity})
         masks.save(temporary / MASKS)
         (temporary / RESULT).write_text(json.dumps({**result, "curve": [vars(p) for p in done.curve]}, indent=1))
     unfinished.unlink(missing_ok=True)
     return folder
+
+
+def _check_level(folder: Path, identity: str) -> None:
+    """That a level's folder is of this experiment, and whole."""
+    try:
+        found = json.loads((folder / RESULT).read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"lottery: {folder} is damaged ({type(e).__name__}: {e}); delete it and run again") from None
+    if found != identity:
+        raise ValueError(f"lottery: {folder} is a level of another experiment, seed or kind; delete it and run again")
+
+
+def _read(path: Path, run: _Run | None = None) -> Any:
+    """A state dict, or with `run` masks of its network, from a level's folder; what is damaged is named with its cure."""
+    try:
+        if run is None:
+            return checkpoint.load(path)
+        masks = Masks.load(path)
+        masks.within(run.ones)
+        return masks
+    except (ValueError, FileNotFoundError) as e:
+        reason = str(e).split(";")[0].removeprefix("load: ")
+        place = path.parent if path.parent.name.startswith("level-") else path.parent.parent / path.parent.name
+        raise ValueError(f"lottery: {path} cannot be used ({reason}); delete {place} and run again") from None
 
 
 def _result(kind: str, seed: int, level: int, masks: Masks, done: Trained) -> dict[str, Any]:
@@ -280,77 +281,3 @@ def _result(kind: str, seed: int, level: int, masks: Masks, done: Trained) -> di
             end.iteration, end.loss, end.accuracy, end.test, done.seconds, done.trainer,
         )
     )  # fmt: skip
-
-
-def _rates(masks: Masks, rates: Rates, scope: str, output: float | None) -> dict[str, float]:
-    if isinstance(rates, Mapping):
-        if output is not None:
-            raise ValueError("lottery: 'output' must be None where 'rates' names layers; name the last one, too")
-        return masks.rates(rates)
-    factor = output if output is not None else (0.5 if scope == "layer" else 0.0)
-    if not 0 <= factor * rates <= 1:
-        raise ValueError(f"lottery: 'output' times the rate must be in [0, 1], got {factor} times {rates}")
-    found, last = masks.rates(rates), list(masks)[-1]
-    if len(found) > 1:
-        found[last] *= factor
-    return found
-
-
-def _about(task: Task, model: nn.Module) -> dict[str, Any]:
-    """What can be told of a task, to notice that a folder is of another one."""
-    with torch.random.fork_rng(devices=[]):
-        optimizer = task.optimizer([p for p in model.parameters() if p.requires_grad])
-    plain = {k: v for k, v in optimizer.param_groups[0].items() if isinstance(v, (int, float, str, bool, tuple))}
-    schedule = [task.factor(i) for i in range(0, task.iterations, max(1, task.iterations // 1000))]
-    loss = getattr(task.loss, "__qualname__", type(task.loss).__qualname__)
-    about = {
-        "network": {name: list(value.shape) for name, value in model.state_dict().items()},
-        "optimizer": {"name": type(optimizer).__name__, **plain},
-        "schedule": hashlib.sha256(json.dumps(schedule).encode()).hexdigest()[:16],
-        "loss": loss, "clip_norm": task.clip_norm,
-    }  # fmt: skip
-    for name in ("train", "validation", "test"):
-        loader = getattr(task, name)
-        if isinstance(loader, Batches):
-            about[name] = (
-                checkpoint.state_hash({"data": loader.data, "labels": loader.labels})[:16] + f" by {loader.size}"
-            )
-        else:
-            about[name] = type(loader).__name__
-    return json.loads(json.dumps(about))
-
-
-def _kept(folder: Path, settings: dict[str, Any], sparse_below: Callable[[], float]) -> dict[str, Any]:
-    """The settings of a folder: these, once; afterwards these must be those.
-
-    The crossover from dense to sparse is measured once per experiment: a run that goes on elsewhere gives the same bits.
-    """
-    path = folder / "settings.json"
-    checkpoint.check_folder(folder)
-    folder.mkdir(exist_ok=True)
-    if path.is_file():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as e:
-            raise ValueError(
-                f"lottery: {path} must be the settings of an experiment, got a damaged file ({e})"
-            ) from None
-        differ = [k for k in settings if k not in GROWS and old.get(k) != settings[k]]
-        if differ:
-            shown = "; ".join(f"{k} was {_short(old.get(k))}, is {_short(settings[k])}" for k in differ)
-            raise ValueError(
-                f"lottery: {folder} must be of these settings, got another experiment ({shown}); choose another 'out'"
-            )
-        settings = {**old, **{k: settings[k] for k in GROWS}}
-    elif any(not re.fullmatch(r"\.settings\.json\..*\.tmp", file.name) for file in folder.iterdir()):
-        raise ValueError(f"lottery: {folder} must be empty or an experiment's folder, got other files")
-    else:
-        settings = {**settings, "sparse_below": sparse_below()}
-    with checkpoint.atomic_write(path, "w") as file:
-        json.dump(settings, file, indent=1)
-    return settings
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

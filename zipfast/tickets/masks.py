@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +64,21 @@ class Masks:
         Args:
             model: a module (the weights of its linear and convolutional layers, see :func:`zipfast.tickets.prunable`), or
                 tensors by name.
-            only, ignore: regular expressions over the names: with a match of the first, without one of the second.
+            only, ignore: regular expressions over the names: with a match of the first, without one of the second. `only`
+                may name any parameter of a module with two dimensions or more: of recurrent cells and attention, too.
 
         Raises:
             ValueError: no weight is left, or a pattern matches none: the names there are.
         """
         weights = _weights(model)
+        if isinstance(model, nn.Module) and only is not None:
+            weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
         for what, pattern in (("only", only), ("ignore", ignore)):
-            if pattern is not None and not any(re.search(pattern, name) for name in weights):
+            try:
+                matches = pattern is None or any(re.search(pattern, name) for name in weights)
+            except re.error as e:
+                raise ValueError(f"Masks.ones: '{what}' must be a regular expression, got {pattern!r}: {e}") from None
+            if not matches:
                 raise ValueError(f"Masks.ones: '{what}' must match a layer ({_some(weights)}), got {pattern!r}")
         names = [
             name
@@ -197,7 +205,7 @@ class Masks:
         amount: Rates | int,
         *,
         scope: str = "global",
-        **facts: Any,
+        facts: Mapping[str, Any] | None = None,
     ) -> Masks:
         """Drop survivors of smallest |score|.
 
@@ -226,7 +234,7 @@ class Masks:
         weights = self.check(scores, "Masks.prune")
         if scope not in SCOPES:
             raise ValueError(f"Masks.prune: 'scope' must be {' or '.join(SCOPES)}, got {scope!r}")
-        pools, drop = self._pools(amount, scope)
+        pools, drop = self.pools(amount, scope)
         names = [name for pool in pools for name in pool]
         group = [g for g, pool in enumerate(pools) for _ in pool]
         tensors = [weights[name].detach() for name in names]
@@ -237,18 +245,23 @@ class Masks:
                 raise ValueError(f"Masks.prune: scores must be numbers, got NaN in {name!r} at flat index {place}")
         bits = {**self.bits, **{name: k.cpu() for name, k in zip(names, kept)}}
         level = int(self.facts.get("level", 0)) + 1
-        own = {"rule": "magnitude", "scope": scope, "level": level, "parent": self.hash(), **facts}
+        own = {"rule": "magnitude", "scope": scope, "level": level, "parent": self.hash(), **(facts or {})}
         return Masks(bits, self.shapes, own)
 
-    def _pools(self, amount: Rates | int, scope: str) -> tuple[list[list[str]], list[int]]:
+    def pools(self, amount: Rates | int, scope: str) -> tuple[list[list[str]], list[int]]:
         """Names that are ranked together, in the order of the masks (ties), and how many go from each pool."""
         alive = self.alive
-        if isinstance(amount, int) and not isinstance(amount, bool):
+        if isinstance(amount, (bool, str)) or not isinstance(amount, (Mapping, SupportsIndex, SupportsFloat)):
+            kind = type(amount).__name__
+            raise TypeError(f"Masks.prune: 'amount' must be a number, or numbers by name, got {kind}")
+        if isinstance(amount, SupportsIndex):
+            amount = operator.index(amount)
             total = sum(alive.values())
             if scope != "global":
                 raise ValueError("Masks.prune: a whole number needs scope 'global'; give a fraction for 'layer'")
             if not 0 <= amount <= total:
-                raise ValueError(f"Masks.prune: 'amount' must be at most the {total} survivors, got {amount}")
+                wanted = "0 or more" if amount < 0 else f"at most the {total} survivors"
+                raise ValueError(f"Masks.prune: 'amount' must be {wanted}, got {amount}")
             return [list(self.bits)], [amount]
         rates = self.rates(amount)
         if scope == "layer":
@@ -335,9 +348,14 @@ class Masks:
 
         Reference: Frankle et al. 2020 (linear mode connectivity, arXiv 1912.05671), §3.
         """
-        self.check({name: state[name] for name in self.shapes if name in state}, "Masks.rewind_")
-        model.load_state_dict(dict(state))
-        self.apply_(model)
+        weights = self.check(model, "Masks.rewind_")
+        source = self.check({name: state[name] for name in self.shapes if name in state}, "Masks.rewind_")
+        whole = model.state_dict(keep_vars=True)
+        shapes = [{n: tuple(t.shape) for n, t in found.items()} for found in (state, whole)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"Masks.rewind_: the state must be of this network, got {_difference(*shapes)}")
+        model.load_state_dict({n: t for n, t in state.items() if n not in self.shapes}, strict=False)
+        apply_bits_(list(weights.values()), self.on(weights), list(source.values()))
 
     def on(self, weights: Weights) -> list[Tensor]:
         """The bits, each where its weight lies."""
@@ -401,12 +419,13 @@ def rate_for(density: float, rounds: int) -> float:
     return 1 - density ** (1 / rounds)
 
 
-def apply_bits_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
+def apply_bits_(tensors: Sequence[Tensor], bits: Sequence[Tensor], source: Sequence[Tensor] = ()) -> None:
     """:func:`zipfast.ops.apply_mask_`, of tensors that are not contiguous (channels last) by way of a copy."""
     if not tensors:
         return
     whole = [t.detach().contiguous() for t in tensors]
-    apply_mask_(whole, list(bits), [])
+    given = [s.detach().to(t.device, t.dtype) for s, t in zip(source, tensors)]
+    apply_mask_(whole, list(bits), given)
     for tensor, own in zip(tensors, whole):
         if not tensor.is_contiguous():
             tensor.detach().copy_(own)

@@ -25,13 +25,20 @@ MODES = ("grad", "post", "forward")
 UNMASKED = torch.empty(0, dtype=torch.uint8)
 
 
+def has_hooks(owner: nn.Module | Optimizer) -> bool:
+    """Whether somebody hung functions around a module's passes, or an optimiser's steps."""
+    names = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"]
+    names += ["_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"]
+    return any(getattr(owner, name, None) for name in names)
+
+
 def why_not_fused(optimizer: Optimizer, mode: str = "grad") -> str | None:
     """The reason why :func:`zipfast.ops.masked_step_` cannot take this optimiser's steps, or None if it can."""
     if mode != "grad":
         return f"mode {mode!r} masks weights alone"
     if type(optimizer) not in (SGD, Adam, AdamW):
         return f"{type(optimizer).__name__} is not SGD, Adam or AdamW"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if has_hooks(optimizer):
         return "it has hooks around its step"
     for group in optimizer.param_groups:
         for option in ("amsgrad", "differentiable"):
@@ -77,6 +84,9 @@ class MaskedOptimizer:
         self.optimizer, self.mode, self.fused = optimizer, mode, reason is None if fused is None else fused
         weights = masks.check(model, "MaskedOptimizer")
         self.weights = list(weights.values())
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not own & {id(p) for p in model.parameters()}:
+            raise ValueError("MaskedOptimizer: 'optimizer' must be over parameters of 'model', got one of others")
         self.bits = masks.on(weights)
         self.of = {id(w): b for w, b in zip(self.weights, self.bits)}
         self.prepare()
@@ -158,6 +168,11 @@ class MaskedOptimizer:
             found.setdefault((p.device, step), []).append(p)
         for (_, step), params in found.items():
             yield step, params
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's own: gradient scalers and schedulers look there."""
+        return self.optimizer.param_groups
 
     def zero_grad(self) -> None:
         """As the optimiser's."""

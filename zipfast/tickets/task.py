@@ -100,7 +100,11 @@ def stream(loader: Iterable[Any], start: int, seed: int, ready: Callable[[], Non
         for owner in (loader, getattr(loader, "sampler", None)):
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)  # type: ignore[union-attr]
-        torch.manual_seed(seed_of(seed, "epoch", epoch) % (1 << 63))
+        own = seed_of(seed, "epoch", epoch) % (1 << 63)
+        torch.manual_seed(own)
+        for owner in (loader, getattr(loader, "sampler", None)):
+            if isinstance(getattr(owner, "generator", None), torch.Generator):
+                owner.generator.manual_seed(own)  # type: ignore[union-attr]
         before = done
         for batch in loader:
             done += 1
@@ -161,8 +165,15 @@ class Task:
         return model if self.device is None else model.to(self.device)
 
     def factor(self, iteration: int) -> float:
-        """Of the learning rates."""
-        return 1.0 if self.schedule is None else float(self.schedule(iteration))
+        """Of the learning rates.
+
+        Raises:
+            ValueError: the schedule gives something else than a number of 0 or more.
+        """
+        found = 1.0 if self.schedule is None else float(self.schedule(iteration))
+        if not 0 <= found < float("inf"):
+            raise ValueError(f"Task: 'schedule' must give numbers of 0 or more, got {found} for iteration {iteration}")
+        return found
 
 
 def measure(
@@ -173,13 +184,14 @@ def measure(
 ) -> tuple[float, float]:
     """Mean loss and accuracy in per cent over labelled batches, in evaluation mode; the mode is put back.
 
-    `forward` computes what the model would, faster; it knows no modes.
+    Labels may stand at each position of a sample; negative ones (`ignore_index`) do not count in the accuracy. `forward`
+    computes what the model would, faster; it knows no modes.
 
     Raises:
         ValueError: no sample, or batches without labels.
     """
     device = device_of(model)
-    total, right, count = 0.0, 0, 0
+    total, right, samples, places = 0.0, 0, 0, 0
     with evaluating(model) if forward is None else nullcontext(), torch.no_grad():
         for batch in batches:
             labels = batch_labels(batch)
@@ -189,7 +201,8 @@ def measure(
             output, labels = output_tensor((forward or model)(*args, **kwargs)), labels.to(device)
             total += float(loss(output, labels)) * len(labels)
             right += int((output.argmax(-1) == labels).sum())
-            count += labels.numel()
-    if not count:
+            samples += len(labels)
+            places += int((labels >= 0).sum())
+    if not samples:
         raise ValueError("measure: there must be at least one sample, got none")
-    return total / count, 100 * right / count
+    return total / samples, 100 * right / max(1, places)
