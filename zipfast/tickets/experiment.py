@@ -85,8 +85,8 @@ def lottery(
         levels: rounds of pruning; level 0 is the dense network.
         rates: fraction of the survivors that goes in each round, one for all layers or by name or regular expression over
             whole names; a layer of rate 0, or without one, is never pruned and does not count in the density;
-            :func:`zipfast.tickets.rate_for` gives that of a final density.
-        scope: ``"layer"``: of each layer; ``"global"``: of all together.
+            :func:`zipfast.tickets.rate_for` gives that of a final density (with `output` 1).
+        scope: ``"layer"``: of each layer; ``"global"``: of all layers of one rate together.
         output: factor of the rate of the last layer, where `rates` is one number; by default 0.5 for ``"layer"`` (as LeNet
             and Conv-2/4/6 in the paper), 0 for ``"global"`` (as its ResNet-18 and VGG-19).
         rewind: k; survivors go back to their weights after k iterations of the dense training (biases, norms and their
