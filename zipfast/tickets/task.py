@@ -57,16 +57,18 @@ class Batches:
 
     def order(self, start: int, stop: int, seed: int) -> Tensor:
         """int64 [stop - start, size]: which samples iterations take; -1 where a batch is shorter."""
-        rows = []
-        for iteration in range(start, stop):
-            epoch, batch = divmod(iteration, len(self))
+        rows, at = [], start
+        while at < stop:
+            epoch, batch = divmod(at, len(self))
             if self.epoch[:2] != (seed, epoch):
                 generator = torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))
                 shuffled = torch.randperm(len(self.data), generator=generator)
                 short = len(self) * self.size - len(self.data)
-                self.epoch = (seed, epoch, F.pad(shuffled, (0, short), value=-1))
-            rows.append(self.epoch[2][batch * self.size : (batch + 1) * self.size])
-        return torch.stack(rows) if rows else torch.empty(0, self.size, dtype=torch.int64)
+                self.epoch = (seed, epoch, F.pad(shuffled, (0, short), value=-1).view(-1, self.size))
+            end = min(stop, (epoch + 1) * len(self))
+            rows.append(self.epoch[2][batch : batch + end - at])
+            at = end
+        return torch.cat(rows) if rows else torch.empty(0, self.size, dtype=torch.int64)
 
     def stream(self, start: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches from an iteration on, without end."""
@@ -185,12 +187,12 @@ def measure(
     """Mean loss and accuracy in per cent over labelled batches, in evaluation mode; the mode is put back.
 
     Labels may stand at each position of a sample; negative ones (`ignore_index`) do not count in the accuracy. `forward`
-    computes what the model would, faster; it knows no modes.
+    computes what the model would, faster, where the data lies; it knows no modes.
 
     Raises:
         ValueError: no sample, or batches without labels.
     """
-    device = device_of(model)
+    device = None if forward is not None else device_of(model)
     total, right, samples, places = 0.0, 0, 0, 0
     with evaluating(model) if forward is None else nullcontext(), torch.no_grad():
         for batch in batches:
@@ -198,7 +200,8 @@ def measure(
             if not isinstance(labels, Tensor):
                 raise ValueError("measure: batches must hold labels beside the inputs, got none")
             args, kwargs = batch_inputs(batch, device)
-            output, labels = output_tensor((forward or model)(*args, **kwargs)), labels.to(device)
+            output = output_tensor((forward or model)(*args, **kwargs))
+            labels = labels.to(output.device)
             total += float(loss(output, labels)) * len(labels)
             right += int((output.argmax(-1) == labels).sum())
             samples += len(labels)

@@ -26,6 +26,7 @@ from .optim import UNMASKED, MaskedOptimizer, has_hooks
 from .task import Batches, Task, seed_of, stream
 
 TRAINERS = ("auto", "torch", "mlp")
+SMALL = 4096  # weights of a layer that is evaluated densely whatever its mask: a call costs more than it saves
 
 
 class Trainer(Protocol):
@@ -159,7 +160,9 @@ class MlpTrainer:
     def _layout(self, i: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Where the survivors of a sparse layer are, for evaluations: rows, columns, places in the flat weight."""
         weight, mask = self.parameters[i], self.mask[i]
-        if not mask.numel() or popcount(mask) >= self.sparse_below * weight.numel() or not available("cpu"):
+        if weight.numel() < SMALL or not mask.numel() or not available("cpu"):
+            return None
+        if popcount(mask) >= self.sparse_below * weight.numel():
             return None
         row_start, column, _ = pack_weight(weight, mask)
         return row_start, column, unpack(mask, (weight.numel(),)).nonzero().view(-1)
