@@ -42,10 +42,15 @@ def batch_inputs(batch: Any, device: torch.device | None = None) -> tuple[tuple[
 
 
 def batch_labels(batch: Any) -> Any:
-    """The second item of a batch that is a tuple or list, ``labels`` of one that is a mapping; None if there is none."""
-    if isinstance(batch, Mapping):
-        return batch.get("labels")
+    """The second item of a batch that is a tuple or list; None if there is none."""
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+
+def batch_parts(batch: Any) -> tuple[Any, Any]:
+    """Inputs and labels of a batch: of a pair, or of a mapping with ``labels``, which are then left out of the inputs."""
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name != "labels"}, batch.get("labels")
+    return batch, batch_labels(batch)
 
 
 def output_tensor(output: Any) -> Tensor:

@@ -163,7 +163,7 @@ def lambda_model() -> nn.Module:
             super().__init__()
             self.layer = nn.Linear(6, 3)
 
-        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return self.layer(x)
 
     return Named()

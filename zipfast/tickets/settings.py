@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..features import batch_labels
+from ..features import batch_parts
 from .masks import Masks, Rates
 from .networks import prunable
 from .optim import MODES
@@ -157,7 +157,7 @@ def _loader(loader: Any, *, first_batch: bool) -> str:
         except TypeError:
             continue  # without a length
     facts.append(f"by {getattr(loader, 'batch_size', None)}")
-    labels = batch_labels(next(iter(loader), None)) if first_batch else None
+    labels = batch_parts(next(iter(loader), None))[1] if first_batch else None
     if isinstance(labels, Tensor):
         facts.append(checkpoint.state_hash({"labels": labels})[:16])
     return ", ".join(facts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ..features import batch_inputs, batch_labels, device_of, evaluating, output_tensor
+from ..features import batch_inputs, batch_parts, device_of, evaluating, output_tensor
 
 
 def seed_of(*parts: Any) -> int:
@@ -196,10 +196,10 @@ def measure(
     total, right, samples, places = 0.0, 0, 0, 0
     with evaluating(model) if forward is None else nullcontext(), torch.no_grad():
         for batch in batches:
-            labels = batch_labels(batch)
+            inputs, labels = batch_parts(batch)
             if not isinstance(labels, Tensor):
                 raise ValueError("measure: batches must hold labels beside the inputs, got none")
-            args, kwargs = batch_inputs(batch, device)
+            args, kwargs = batch_inputs(inputs, device)
             output = output_tensor((forward or model)(*args, **kwargs))
             labels = labels.to(output.device)
             total += float(loss(output, labels)) * len(labels)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..features import batch_inputs, batch_labels, device_of, output_tensor
+from ..features import batch_inputs, batch_parts, device_of, output_tensor
 from ..ops import available, mlp_steps_, sparse_linear
 from ..ops._mask import popcount, unpack
 from ..ops.sparse_linear import pack_weight
@@ -82,9 +82,9 @@ class TorchTrainer:
             factor = self.task.factor(iteration)
             for group, rate in zip(self.optimizer.param_groups, self.rates):
                 group["lr"] = rate * factor
-            args, kwargs = batch_inputs(batch, self.device)
+            inputs, labels = batch_parts(batch)
+            args, kwargs = batch_inputs(inputs, self.device)
             self.optimizer.zero_grad()
-            labels = batch_labels(batch)
             if not isinstance(labels, Tensor):
                 raise ValueError("train: each training batch must hold labels beside the inputs, got none")
             output = output_tensor(self.model(*args, **kwargs))

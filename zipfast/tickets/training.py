@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint
-from ..features import batch_inputs, device_of, evaluating, output_tensor
+from ..features import batch_inputs, batch_parts, device_of, evaluating, output_tensor
 from .masks import Masks
 from .optim import MODES
 from .task import Task, measure
@@ -142,7 +142,7 @@ def train(
 
 def _check_same(runner: MlpTrainer, task: Task, model: nn.Module) -> None:
     """The perceptron that is trained is the network: one batch through both."""
-    args, kwargs = batch_inputs(next(iter(task.validation)), device_of(model))
+    args, kwargs = batch_inputs(batch_parts(next(iter(task.validation)))[0], device_of(model))
     with evaluating(model), torch.no_grad():
         theirs, ours = output_tensor(model(*args, **kwargs)), runner.forward(*args, **kwargs)
     if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3, equal_nan=True):
