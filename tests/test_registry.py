@@ -135,8 +135,11 @@ def test_names(name: str) -> None:
     assert op.stem == owner or (op.stem in OPS and owner.startswith(op.stem + "_"))
     assert op.schema.startswith(name + "(")
     arguments = [a.name for a in op.native._schema.arguments]
-    for function in (op.reference, op.contract, op.fake):
+    for function in (op.reference, op.fake):
         assert list(inspect.signature(function).parameters) == arguments
+    checked = arguments if op.paths is None else arguments[:-1]
+    assert list(inspect.signature(op.contract).parameters) == checked
+    assert ("path" in arguments) == (op.paths is not None) and arguments[len(checked) :] in ([], ["path"])
     assert re.search(rf"zipfast::{name}\b", str(op.native._schema))
 
 

@@ -233,7 +233,7 @@ void by_blocks(const Kernels& k, const Space& s) {
 
 void moments_cpu(const std::vector<Tensor>& comoment, const std::vector<Tensor>& total, const std::vector<Tensor>& bad,
                  const std::vector<Tensor>& features, const std::vector<Tensor>& shift,
-                 const std::vector<int64_t>& axis, const std::vector<int64_t>& seen) {
+                 const std::vector<int64_t>& axis, const std::vector<int64_t>& seen, std::string) {
   const size_t spaces = comoment.size();
   STD_TORCH_CHECK(spaces && total.size() == spaces && bad.size() == spaces && shift.size() == spaces &&
                       axis.size() == spaces && seen.size() == spaces && features.size() % spaces == 0,

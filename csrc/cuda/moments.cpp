@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Glue of moments_' CUDA kernels: fills launches of up to kMomentsSpaces spaces of one dtype.
+#include <string>
+
 #include "cuda/scope.h"
 
 namespace zipfast {
@@ -7,7 +9,7 @@ namespace {
 
 void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>& total, const std::vector<Tensor>& bad,
                   const std::vector<Tensor>& features, const std::vector<Tensor>& shift,
-                  const std::vector<int64_t>& axis, const std::vector<int64_t>& seen) {
+                  const std::vector<int64_t>& axis, const std::vector<int64_t>& seen, std::string path) {
   const size_t spaces = comoment.size();
   STD_TORCH_CHECK(spaces && total.size() == spaces && bad.size() == spaces && shift.size() == spaces &&
                       axis.size() == spaces && seen.size() == spaces && features.size() % spaces == 0,
@@ -15,6 +17,7 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
   const int models = int(features.size() / spaces);
   STD_TORCH_CHECK(models <= cuda::kMomentsPointers, "moments_: at most ", cuda::kMomentsPointers, " models, got ",
                   models);
+  STD_TORCH_CHECK(path == "auto" || path == "generic", "moments_: path '", path, "' cannot run here");
   CudaScope scope(features[0]);
 
   std::vector<Tensor> alive;  // contiguous copies, if any, until the launch

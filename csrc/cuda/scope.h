@@ -22,6 +22,7 @@ namespace zipfast {
 struct CudaScope {
   explicit CudaScope(const Tensor&) {}
   cudaStream_t stream = nullptr;
+  int capability() const { return 0; }  // no path of a certain generation is taken unless it is asked for by name
 };
 inline const char* cuda_error(cudaError_t) { return "emulated CUDA error"; }
 #else
@@ -32,6 +33,14 @@ struct CudaScope {
     void* s = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &s));
     stream = static_cast<cudaStream_t>(s);
+  }
+  // Compute capability of the current device, 90 for 9.0.
+  int capability() const {
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    (void)cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return 10 * major + minor;
   }
 };
 inline const char* cuda_error(cudaError_t e) { return cudaGetErrorString(e); }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import _loader
+from ._paths import AUTO, Paths
 
 NAMESPACE = "zipfast"
 BACKENDS = ("torch", "cpu", "cuda", "emu")
@@ -43,21 +44,32 @@ class Op:
         fake: Callable,
         host_only: str | None,
         stem: str | None,
+        paths: Paths | None,
     ) -> None:
         self.schema = schema
         self.name = schema.split("(")[0]
         self.stem = stem or self.name.rstrip("_")
         self.reference, self.contract, self.fake, self.host_only = reference, contract, fake, host_only
+        self.paths = paths
         self.__name__, self.__doc__, self.__wrapped__ = self.name, reference.__doc__, reference
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self.native = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self.arguments = len(self.native._schema.arguments)
         OPS[self.name] = self
 
     @torch.no_grad()  # no op has a gradient; without this the reference would keep every batch's graph alive
     def __call__(self, *args: Any) -> Any:
-        self.contract(*args)
+        if self.paths is None:
+            self.contract(*args)
+        else:
+            if len(args) < self.arguments:
+                args = (*args, AUTO)
+            self.contract(*args[:-1])
+            self.paths.check(self.name, args[-1])
+            if _forced != "torch":
+                args = (*args[:-1], self.paths.settle(self.name, args[-1], _device(args)))
         if _forced is None:
             return self.native(*args)
         if _forced == "torch":
@@ -88,7 +100,13 @@ class Op:
 
 
 def op(
-    schema: str, *, contract: Callable, fake: Callable, host_only: str | None = None, stem: str | None = None
+    schema: str,
+    *,
+    contract: Callable,
+    fake: Callable,
+    host_only: str | None = None,
+    stem: str | None = None,
+    paths: Paths | None = None,
 ) -> Callable[[Callable], Op]:
     """Declare an operator; the decorated function is its reference.
 
@@ -99,8 +117,10 @@ def op(
         host_only: why there is no CUDA kernel, as the end of a sentence; None where there is one.  Such an op is named in
             ``ZIPFAST_HOST_OPS`` (CMakeLists.txt) and has no file in ``csrc/cuda``.
         stem: the op whose files it shares, as a gradient does; its name then begins with that stem.
+        paths: the CUDA kernels there are for it, if several; the schema then ends in ``str path="auto"``, which the contract
+            does not get.
     """
-    return lambda reference: Op(schema, reference, contract, fake, host_only, stem)
+    return lambda reference: Op(schema, reference, contract, fake, host_only, stem, paths)
 
 
 def _has_kernel(qualified: str, key: str) -> bool:
@@ -113,6 +133,12 @@ def _tensors(args: Any) -> Iterator[torch.Tensor]:
             yield a
         elif isinstance(a, (list, tuple)):
             yield from _tensors(a)
+
+
+def _device(args: Any) -> torch.device:
+    for tensor in _tensors(args):
+        return tensor.device
+    raise AssertionError("an op has tensors")
 
 
 def available(backend: str) -> bool:

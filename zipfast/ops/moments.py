@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
+from ._paths import Paths
 from ._registry import op
 
 NAME = "moments_"
@@ -66,15 +67,16 @@ def _contract(
                 raise ValueError(f"{NAME}: '{name}' must be contiguous, as it is written in place")
 
 
-def _fake(comoment, total, bad, features, shift, axis, seen) -> None:
+def _fake(comoment, total, bad, features, shift, axis, seen, path="auto") -> None:
     return None
 
 
 @op(
     "moments_(Tensor(a!)[] comoment, Tensor(b!)[] total, Tensor(c!)[] bad, Tensor[] features, Tensor[] shift, "
-    "int[] axis, int[] seen) -> ()",
+    'int[] axis, int[] seen, str path="auto") -> ()',
     contract=_contract,
     fake=_fake,
+    paths=Paths(("generic", "mma", "wgmma")),
 )
 def moments_(
     comoment: list[Tensor],
@@ -84,6 +86,7 @@ def moments_(
     shift: list[Tensor],
     axis: list[int],
     seen: list[int],
+    path: str = "auto",
 ) -> None:
     r"""Add one batch to the running moments of every space.
 
@@ -105,6 +108,8 @@ def moments_(
         shift: per space, float64 [F], each value exact in float32.
         axis: per space, the feature axis (1 for NCHW, the last for tokens), not negative.
         seen: per space, samples added before this batch; only places ``bad``.
+        path: which CUDA kernel serves all spaces (see ``docs/kernels.md``): ``"generic"``; ``"mma"``, tensor cores, compute
+            capability 8.0 and newer; ``"wgmma"``, those of 9.0; ``"auto"``: by device and shape, space by space.
 
     Raises:
         TypeError, ValueError, RuntimeError: dtype, shape, device.
