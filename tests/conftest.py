@@ -63,7 +63,8 @@ def need(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _forced(name: str) -> Iterator[str]:
+def forced(name: str) -> Iterator[str]:
+    """A backend while the block runs; skips (or fails) where it cannot run."""
     need(name)
     with zipfast.backend(name):
         yield name
@@ -72,26 +73,26 @@ def _forced(name: str) -> Iterator[str]:
 @pytest.fixture(params=["torch", "cpu", "emu", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every implementation in turn, forced while the test runs."""
-    with _forced(request.param) as name:
+    with forced(request.param) as name:
         yield name
 
 
 @pytest.fixture(params=["torch", "cpu", "cuda"])
 def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``backend``, without the emulator: for sizes that it would need minutes for."""
-    with _forced(request.param) as name:
+    with forced(request.param) as name:
         yield name
 
 
 @pytest.fixture
 def cpu_backend() -> Iterator[str]:
-    with _forced("cpu") as name:
+    with forced("cpu") as name:
         yield name
 
 
 @pytest.fixture
 def emu_backend() -> Iterator[str]:
-    with _forced("emu") as name:
+    with forced("emu") as name:
         yield name
 
 

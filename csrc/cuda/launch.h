@@ -175,7 +175,27 @@ inline int moments_splits(int64_t tiles, int64_t samples) {
   return int(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }
 constexpr int64_t kMomentsPartial = kMomentsTile * kMomentsTile + kMomentsTile;
-cudaError_t moments(DType dtype, const MomentsJob& job, cudaStream_t stream);
+// Tile t of the upper triangle, row by row, of `side` x `side` tiles.
+ZF_HD inline void moments_tile_of(int t, int side, int* row, int* col) {
+  int r = 0;
+  while (t >= side - r) t -= side - r++;
+  *row = r;
+  *col = r + t;
+}
+// The space that a block of the products belongs to.
+ZF_HD inline int moments_space_of(const MomentsJob& job, int block) {
+  int s = 0;
+  while (s + 1 < job.spaces && job.space[s + 1].block <= block) ++s;
+  return s;
+}
+
+// generic: every device and dtype.  mma: tensor cores of compute capability 8.0 and newer.
+enum class MomentsPath { generic, mma };
+// What "auto" takes, by compute capability (80 for 8.0), dtype and stacked features.
+inline MomentsPath moments_path(int capability, DType dtype) {
+  return capability >= 80 && dtype != DType::f64 ? MomentsPath::mma : MomentsPath::generic;
+}
+cudaError_t moments(DType dtype, MomentsPath path, const MomentsJob& job, cudaStream_t stream);
 
 // --- regroup
 // ----------------------------------------------------------------------------------------------------------

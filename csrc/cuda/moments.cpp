@@ -7,6 +7,22 @@
 namespace zipfast {
 namespace {
 
+using cuda::MomentsPath;
+
+// The path that was asked for, or what "auto" takes; refuses what cannot run here.
+MomentsPath path_of(const std::string& asked, int capability, DType dtype) {
+  if (asked == "auto") return cuda::moments_path(capability, dtype);
+  if (asked == "generic") return MomentsPath::generic;
+  STD_TORCH_CHECK(asked == "mma", "moments_: path '", asked, "' is not built");
+  STD_TORCH_CHECK(dtype != DType::f64, "moments_: path '", asked,
+                  "' takes features of float32, float16 or bfloat16, got float64");
+#ifndef ZF_EMU
+  STD_TORCH_CHECK(capability >= 80, "moments_: path '", asked, "' needs a GPU of compute capability 8.0 or newer, got ",
+                  capability / 10, ".", capability % 10);
+#endif
+  return MomentsPath::mma;
+}
+
 void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>& total, const std::vector<Tensor>& bad,
                   const std::vector<Tensor>& features, const std::vector<Tensor>& shift,
                   const std::vector<int64_t>& axis, const std::vector<int64_t>& seen, std::string path) {
@@ -17,21 +33,22 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
   const int models = int(features.size() / spaces);
   STD_TORCH_CHECK(models <= cuda::kMomentsPointers, "moments_: at most ", cuda::kMomentsPointers, " models, got ",
                   models);
-  STD_TORCH_CHECK(path == "auto" || path == "generic", "moments_: path '", path, "' cannot run here");
   CudaScope scope(features[0]);
+  const int capability = scope.capability();
 
   std::vector<Tensor> alive;  // contiguous copies, if any, until the launch
   cuda::MomentsJob job{};
   DType dtype{};
+  MomentsPath taken{};
   int64_t partial = 0;
   auto flush = [&] {
     if (job.spaces == 0) return;
     if (partial) {
       Tensor scratch = torch::stable::new_empty(total[0], {partial});
       job.partial = scratch.mutable_data_ptr<double>();
-      check_launch("moments_", cuda::moments(dtype, job, scope.stream));
+      check_launch("moments_", cuda::moments(dtype, taken, job, scope.stream));
     } else {
-      check_launch("moments_", cuda::moments(dtype, job, scope.stream));
+      check_launch("moments_", cuda::moments(dtype, taken, job, scope.stream));
     }
     job = {};
     partial = 0;
@@ -41,6 +58,7 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
     const DType t = dtype_of("moments_", first);
     if (job.spaces == cuda::kMomentsSpaces || (job.spaces + 1) * models > cuda::kMomentsPointers || t != dtype) flush();
     dtype = t;
+    taken = path_of(path, capability, t);
     const AxisView view(first, axis[i]);
     const int64_t F = models * view.size, side = cuda::moments_side(F);
     alive.push_back(as_contiguous(shift[i]));

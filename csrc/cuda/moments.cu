@@ -10,6 +10,7 @@
 // and in the emulator.
 #include "cuda/scope.cuh"
 #include "cuda/launch.h"
+#include "cuda/moments_mma.cuh"
 
 namespace zipfast::cuda {
 namespace {
@@ -17,21 +18,6 @@ namespace {
 constexpr int kTile = kMomentsTile, kStep = 16, kSide = 16, kPiece = kTile / kSide, kThreads = kSide * kSide;
 constexpr int kFlush = 256;
 static_assert(kFlush % kStep == 0);
-
-// Tile t of the upper triangle, row by row, of `side` x `side` tiles.
-__device__ inline void tile_of(int t, int side, int* row, int* col) {
-  int r = 0;
-  while (t >= side - r) t -= side - r++;
-  *row = r;
-  *col = r + t;
-}
-
-// Space that a block (products) or a tile (reduction) belongs to.
-__device__ inline int space_of(const MomentsJob& job, int block) {
-  int s = 0;
-  while (s + 1 < job.spaces && job.space[s + 1].block <= block) ++s;
-  return s;
-}
 
 // The first bad value of a model is the smallest (seen + sample) * size + feature.
 __device__ inline void note_bad(const MomentsSpace& s, int64_t f, int64_t sample) {
@@ -62,11 +48,11 @@ __device__ inline void load_slab(const MomentsJob& job, const MomentsSpace& s, i
 template <class scalar_t, class acc_t>
 __global__ void __launch_bounds__(kThreads) moments_tile_kernel(const MomentsJob job) {
   __shared__ acc_t a[kStep][kTile + 1], b[kStep][kTile + 1];
-  const MomentsSpace& s = job.space[space_of(job, blockIdx.x)];
+  const MomentsSpace& s = job.space[moments_space_of(job, blockIdx.x)];
   const int64_t features = job.models * s.size, samples = s.outer * s.inner;
   const int local = blockIdx.x - s.block, split = local % s.splits, tile = local / s.splits;
   int tile_row, tile_col;
-  tile_of(tile, int(moments_side(features)), &tile_row, &tile_col);
+  moments_tile_of(tile, int(moments_side(features)), &tile_row, &tile_col);
   const bool diagonal = tile_row == tile_col;
   const int64_t row0 = int64_t(tile_row) * kTile, col0 = int64_t(tile_col) * kTile;
   const int64_t begin = samples * split / s.splits, end = samples * (split + 1) / s.splits;
@@ -124,18 +110,19 @@ __global__ void __launch_bounds__(kThreads) moments_reduce_kernel(const MomentsJ
     const int64_t features = job.models * s.size;
     for (int tile = blockIdx.x; tile < s.tiles; tile += gridDim.x) {
       int tile_row, tile_col;
-      tile_of(tile, int(moments_side(features)), &tile_row, &tile_col);
+      moments_tile_of(tile, int(moments_side(features)), &tile_row, &tile_col);
       const int64_t row0 = int64_t(tile_row) * kTile, col0 = int64_t(tile_col) * kTile;
       const double* partial = job.partial + s.partial + int64_t(tile) * s.splits * kMomentsPartial;
       for (int e = threadIdx.x; e < kTile * kTile + (tile_row == tile_col ? kTile : 0); e += kThreads) {
+        const int64_t row = row0 + (e < kTile * kTile ? e / kTile : e - kTile * kTile), col = col0 + e % kTile;
+        const bool product = e < kTile * kTile;
+        if (row >= features || (product && (row > col || col >= features))) continue;
         double sum = 0;
         for (int p = 0; p < s.splits; ++p) sum += partial[p * kMomentsPartial + e];
-        const int64_t row = row0 + (e < kTile * kTile ? e / kTile : e - kTile * kTile), col = col0 + e % kTile;
-        if (row >= features) continue;
-        if (e >= kTile * kTile)
-          s.total[row] += sum;
-        else if (row <= col && col < features)
+        if (product)
           s.comoment[row * features + col] += sum;
+        else
+          s.total[row] += sum;
       }
     }
   }
@@ -143,11 +130,17 @@ __global__ void __launch_bounds__(kThreads) moments_reduce_kernel(const MomentsJ
 
 }  // namespace
 
-cudaError_t moments(DType dtype, const MomentsJob& job, cudaStream_t stream) {
+cudaError_t moments(DType dtype, MomentsPath path, const MomentsJob& job, cudaStream_t stream) {
   if (job.blocks == 0) return cudaSuccess;
   dispatch(dtype, [&](auto* tag) {
     using scalar_t = std::remove_pointer_t<decltype(tag)>;
     using acc_t = typename Accumulate<scalar_t>::type;
+    if constexpr (!std::is_same<scalar_t, double>::value) {
+      if (path == MomentsPath::mma) {
+        ZF_LAUNCH((moments_mma_kernel<scalar_t>), unsigned(job.blocks), unsigned(kMmaThreads), 0, stream, job);
+        return;
+      }
+    }
     ZF_LAUNCH((moments_tile_kernel<scalar_t, acc_t>), unsigned(job.blocks), unsigned(kThreads), 0, stream, job);
   });
   int tiles = 0;

@@ -10,12 +10,28 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import forced
 
 import zipfast
-from zipfast.ops import moments_
+from zipfast.ops import OPS, moments_
 from zipfast.ops.moments import NO_BAD_VALUE
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+PATHS = OPS["moments_"].paths.names[1:]  # the first is what "auto" takes on the emulator
+_path = "auto"
+
+
+@pytest.fixture(params=["torch", "cpu", "emu", "cuda", *(f"{b}-{path}" for b in ("emu", "cuda") for path in PATHS)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every implementation in turn, and every path of the CUDA kernels."""
+    global _path
+    name, _, path = request.param.partition("-")
+    with forced(name):
+        _path = path or "auto"
+        yield name
+        _path = "auto"
 
 
 class Space(NamedTuple):
@@ -64,6 +80,7 @@ def run(spaces: Sequence[Space], into: Sequence[Result] | None = None, below: fl
             shift,
             [s.axis for s in spaces],
             [s.seen for s in spaces],
+            "auto" if any(s.features[0].dtype == torch.float64 for s in spaces) else _path,
         )
         is None
     )
@@ -217,7 +234,7 @@ def test_strided_shift(backend: str, device: str) -> None:
 
 
 def mixed_spaces(device: str) -> list[Space]:
-    return [
+    spaces = [
         space((5, 8), 1, 2, torch.float32, device=device, seed=1),
         space((3, 33, 4, 4), 1, 2, torch.float16, device=device, seed=2, shift=True),
         space((3, 4, 17), 2, 2, torch.bfloat16, device=device, seed=3),
@@ -227,6 +244,7 @@ def mixed_spaces(device: str) -> list[Space]:
         space((9, 0), 1, 2, torch.float32, device=device, seed=7),
         space((2300, 2), 1, 2, torch.float32, device=device, seed=8),
     ]
+    return [s for s in spaces if _path == "auto" or s.features[0].dtype != torch.float64]
 
 
 def test_spaces_in_one_call_equal_separate_calls(backend: str, device: str) -> None:

@@ -17,6 +17,8 @@ from ._registry import op
 
 NAME = "moments_"
 NO_BAD_VALUE = torch.iinfo(torch.int64).max
+CAPABILITY = {"mma": (8, 0)}  # the least that a path needs
+PROOF_TOLERANCE = 1e-5
 
 
 def _contract(
@@ -67,6 +69,29 @@ def _contract(
                 raise ValueError(f"{NAME}: '{name}' must be contiguous, as it is written in place")
 
 
+def _prove(device: torch.device, paths: tuple[str, ...] | None = None) -> str | None:
+    """Whether the tensor-core paths that this device has agree with the generic one there."""
+    if paths is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        paths = tuple(name for name, least in CAPABILITY.items() if (major, minor) >= least)
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = [torch.randn(3, 70, 10, 7, generator=generator).to(dtype).to(device) for _ in range(2)]
+        shift = torch.zeros(140, dtype=torch.float64, device=device)
+        shift[3] = 1.5 if dtype == torch.float16 else 0.0
+        found: dict[str, Tensor] = {}
+        for path in ("generic", *paths):
+            comoment, total = torch.zeros(140, 140).double().to(device), torch.zeros(140).double().to(device)
+            bad = torch.full((2,), NO_BAD_VALUE, device=device)
+            moments_([comoment], [total], [bad], x, [shift], [1], [0], path)
+            found[path] = torch.cat([torch.triu(comoment), total[None]]) / 210
+        for path in paths:
+            error = float((found[path] - found["generic"]).abs().nan_to_num(torch.inf).max())
+            if error > PROOF_TOLERANCE:
+                return f"path '{path}' is off by {error:.0e} of a feature's scale"
+    return None
+
+
 def _fake(comoment, total, bad, features, shift, axis, seen, path="auto") -> None:
     return None
 
@@ -76,7 +101,7 @@ def _fake(comoment, total, bad, features, shift, axis, seen, path="auto") -> Non
     'int[] axis, int[] seen, str path="auto") -> ()',
     contract=_contract,
     fake=_fake,
-    paths=Paths(("generic", "mma", "wgmma")),
+    paths=Paths(("generic", "mma"), _prove),
 )
 def moments_(
     comoment: list[Tensor],
@@ -109,7 +134,7 @@ def moments_(
         axis: per space, the feature axis (1 for NCHW, the last for tokens), not negative.
         seen: per space, samples added before this batch; only places ``bad``.
         path: which CUDA kernel serves all spaces (see ``docs/kernels.md``): ``"generic"``; ``"mma"``, tensor cores, compute
-            capability 8.0 and newer; ``"wgmma"``, those of 9.0; ``"auto"``: by device and shape, space by space.
+            capability 8.0 and newer, not for float64; ``"auto"``: by device, dtype and shape, space by space.
 
     Raises:
         TypeError, ValueError, RuntimeError: dtype, shape, device.
