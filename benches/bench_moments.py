@@ -26,6 +26,10 @@ MODELS = 2
 NO_BAD_VALUE = torch.iinfo(torch.int64).max
 
 
+# Of the spaces of a ResNet-50, those by which many features are judged: (channels, side).
+LARGEST = ((512, 28), (1024, 14), (2048, 7))
+
+
 @dataclass(frozen=True)
 class Case:
     channels: int
@@ -36,8 +40,11 @@ class Case:
     @property
     def name(self) -> str:
         """For instance ``64@56² B=64 float16``."""
-        kind = "" if self.dtype == torch.float32 else f" {str(self.dtype)[6:]}"
-        return f"{self.channels}@{self.side}² B={self.batch}{kind}"
+        shape = f"{self.channels}@{self.side}² B={self.batch}"
+        if self.dtype == torch.float32:
+            return shape
+        kind = str(self.dtype)[6:]
+        return f"n={self.features} {kind}, {shape}" if (self.channels, self.side) in LARGEST else f"{shape} {kind}"
 
     @property
     def features(self) -> int:
@@ -128,12 +135,12 @@ def agreement(case: Case) -> Agree:
             peers.close(total, theirs.total[0], 1e-6)
         elif name == "torch.cov":
             peers.close(peers.cov_of(comoment, total, s), theirs, 1e-4)
-        elif name == peers.ZIPIT:
+        elif name in (peers.ZIPIT, peers.ZIPIT_STEPS):
             peers.close(torch.triu(comoment) / s * case.batch, torch.triu(theirs.outer), 1e-4)
             peers.close(total / s * case.batch, theirs.mean, 1e-4)
         else:
             # Plain products.  TF32 keeps 10 bits of mantissa, and tensor cores round their long sums towards zero.
-            peers.close(torch.triu(comoment), torch.triu(theirs), 2e-3 if "tf32" in name or "fp16" in name else 1e-4)
+            peers.close(torch.triu(comoment), torch.triu(theirs), 2e-3 if "tf32" in name or "half" in name else 1e-4)
 
     return agree
 
@@ -154,7 +161,7 @@ def plain_products(features: list[Tensor], cuda: bool) -> dict[str, Peer]:
     if cuda:
         found["bare mm, tf32"] = Peer(lambda: mm("tf32"))
         if features[0].dtype == torch.float16:
-            found["cat + mm fp16→fp32"] = Peer(half)
+            found["cat + mm(half, half)"] = Peer(half)
     return found
 
 
@@ -169,6 +176,8 @@ def job(case: Case, device: str) -> Job:
     public = peers.zipit("metric_calculators")
     if public is not None:
         found[peers.ZIPIT] = Peer(lambda metric: peers.zipit_update(metric, features, 1), public.CovarianceMetric)
+    if device != "cpu":
+        found[peers.ZIPIT_STEPS] = Peer(lambda steps: steps.update(features, 1), peers.StepsOfZipit)
     options = {
         "bytes": case.bytes,
         "flops": case.flops,
@@ -197,6 +206,11 @@ def network(device: str, dtype: torch.dtype, batch: int = 64) -> Job:
 
         found[peers.ZIPIT] = Peer(each_update, lambda: [public.CovarianceMetric() for _ in cases])
 
+    def each_step(steps: list[peers.StepsOfZipit]) -> list[peers.StepsOfZipit]:
+        return [s.update(own, 1) for s, own in zip(steps, per_space)]
+
+    found[peers.ZIPIT_STEPS] = Peer(each_step, lambda: [peers.StepsOfZipit() for _ in cases])
+
     def agree(ours: State, theirs: list[Any], name: str) -> None:
         for case, comoment, total, other in zip(cases, ours.comoment, ours.total, theirs):
             if name == "torch.cov":
@@ -209,9 +223,9 @@ def network(device: str, dtype: torch.dtype, batch: int = 64) -> Job:
         "flops": math.fsum(c.flops for c in cases),
         "rate": rate(dtype, device),
         "repeats": 7,
-        "extra": {"dtype": str(dtype)[6:]},
+        "extra": {"dtype": str(dtype)[6:], "batch": batch},
     }
-    name = f"ResNet-50, {len(cases)} spaces, B={batch} {str(dtype)[6:]}, one call"
+    name = f"ResNet-50, {len(cases)} spaces, {str(dtype)[6:]}"
     return Job(OP, name, Peer(State.update, state.reset), found, agree, options)
 
 
