@@ -148,7 +148,19 @@ cudaError_t evidence(const EvidenceJob& job, cudaStream_t stream);
 
 // --- moments_
 // ---------------------------------------------------------------------------------------------------------
-constexpr int kMomentsSpaces = 16, kMomentsPointers = 96, kMomentsTile = 64;
+constexpr int kMomentsTile = 64;
+#ifdef ZF_EMU
+constexpr int kMomentsSpaces = 16, kMomentsPointers = 96;  // few: tests are to see several launches
+#else
+constexpr int kMomentsSpaces = 64, kMomentsPointers = 256;
+#endif
+
+// generic: every device and dtype.  mma: tensor cores of compute capability 8.0 and newer.
+enum class MomentsPath { generic, mma };
+// What "auto" takes, by compute capability (80 for 8.0) and dtype.
+inline MomentsPath moments_path(int capability, DType dtype) {
+  return capability >= 80 && dtype != DType::f64 ? MomentsPath::mma : MomentsPath::generic;
+}
 
 struct MomentsSpace {
   int64_t outer, size, inner, seen;
@@ -160,21 +172,28 @@ struct MomentsSpace {
   int tiles;            // tiles of the upper triangle
   int splits;           // parts of the samples; more than one go through `partial`
   int block;            // first block of the products
+  int reduce;           // first block of the reduction
   int64_t partial;      // first entry in MomentsJob::partial
 };
 struct MomentsJob {
   MomentsSpace space[kMomentsSpaces];
   const void* x[kMomentsPointers];
-  double* partial;  // per block with splits > 1: tile [64, 64], then sums [64]
-  int spaces, models, blocks;
+  double* partial;  // per block with splits > 1: sums [64], then its tile [64, 64] (path mma: in float32)
+  int spaces, models, blocks, reduce_blocks;
 };
-// Tiles along a side, parts of the samples, float64 entries of scratch: by shape alone.
+// By shape alone: tiles along a side, parts of the samples, float64 entries of scratch.
 ZF_HD inline int64_t moments_side(int64_t features) { return (features + kMomentsTile - 1) / kMomentsTile; }
-inline int moments_splits(int64_t tiles, int64_t samples) {
-  const int64_t wanted = (samples + 2047) / 2048, most = 528 / tiles < 1 ? 1 : 528 / tiles;
+inline int moments_splits(MomentsPath path, int64_t tiles, int64_t samples) {
+  // Blocks of one space: two waves of two a multiprocessor (generic), one of three (mma), on 132 of them.
+  const int64_t blocks = path == MomentsPath::mma ? 396 : 528, least = path == MomentsPath::mma ? 1024 : 2048;
+  const int64_t wanted = (samples + least - 1) / least, most = blocks / tiles < 1 ? 1 : blocks / tiles;
   return int(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }
-constexpr int64_t kMomentsPartial = kMomentsTile * kMomentsTile + kMomentsTile;
+ZF_HD constexpr int64_t moments_partial(MomentsPath path) {
+  return kMomentsTile + kMomentsTile * kMomentsTile / (path == MomentsPath::mma ? 2 : 1);
+}
+constexpr int kMomentsReduceWidth = 32, kMomentsReduce = (kMomentsTile * kMomentsTile + kMomentsTile) / 32;
+
 // Tile t of the upper triangle, row by row, of `side` x `side` tiles.
 ZF_HD inline void moments_tile_of(int t, int side, int* row, int* col) {
   int r = 0;
@@ -187,13 +206,6 @@ ZF_HD inline int moments_space_of(const MomentsJob& job, int block) {
   int s = 0;
   while (s + 1 < job.spaces && job.space[s + 1].block <= block) ++s;
   return s;
-}
-
-// generic: every device and dtype.  mma: tensor cores of compute capability 8.0 and newer.
-enum class MomentsPath { generic, mma };
-// What "auto" takes, by compute capability (80 for 8.0), dtype and stacked features.
-inline MomentsPath moments_path(int capability, DType dtype) {
-  return capability >= 80 && dtype != DType::f64 ? MomentsPath::mma : MomentsPath::generic;
 }
 cudaError_t moments(DType dtype, MomentsPath path, const MomentsJob& job, cudaStream_t stream);
 

@@ -83,12 +83,16 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
     }
     const int64_t tiles = side * (side + 1) / 2;
     s.tiles = int(tiles);
-    s.splits = cuda::moments_splits(tiles, s.outer * s.inner);
+    s.splits = cuda::moments_splits(taken, tiles, s.outer * s.inner);
     s.block = job.blocks;
+    s.reduce = job.reduce_blocks;
     s.partial = partial;
     STD_TORCH_CHECK(job.blocks + tiles * s.splits < (int64_t(1) << 31), "moments_: too many features");
     job.blocks += s.tiles * s.splits;
-    if (s.splits > 1) partial += tiles * s.splits * cuda::kMomentsPartial;
+    if (s.splits > 1) {
+      partial += tiles * s.splits * cuda::moments_partial(taken);
+      job.reduce_blocks += s.tiles * cuda::kMomentsReduce;
+    }
     job.models = models;
     ++job.spaces;
   }

@@ -2,12 +2,12 @@
 // moments_ on a GPU: co-moments of many spaces in one launch, straight from the feature tensors.
 //
 // A block owns one 64 x 64 tile of the upper triangle of one space and one part of the samples ("split"); tiles and
-// splits follow from the shape alone, and the parts are added in order by a second kernel, so no atomics and equal bits
-// on every run.  16 samples at a time go through shared memory, shifted and widened; a thread forms a 4 x 4 piece in
-// registers. float32 registers are flushed into float64 ones every 256 samples: products of float16 and bfloat16 are
-// exact, and the rounding of the sums stays near 1e-7. Cost: S F^2 / 2 multiply-adds; every tile row reads its features
-// once (F / 64 times in all, from the second-level cache where the slab fits).  This generic path runs on every device
-// and in the emulator.
+// splits follow from the shape alone, and the parts are added in a fixed order by a second kernel, so no atomics and
+// equal bits on every run.  16 samples at a time go through shared memory, shifted and widened; a thread forms a 4 x 4
+// piece in registers. float32 registers are flushed into float64 ones every 256 samples: products of float16 and
+// bfloat16 are exact, and the rounding of the sums stays near 1e-7. Cost: S F^2 / 2 multiply-adds; every tile row reads
+// its features once (F / 64 times in all, from the second-level cache where the slab fits).  This generic path runs on
+// every device and in the emulator.
 #include "cuda/scope.cuh"
 #include "cuda/launch.h"
 #include "cuda/moments_mma.cuh"
@@ -84,48 +84,60 @@ __global__ void __launch_bounds__(kThreads) moments_tile_kernel(const MomentsJob
     for (int j = 0; j < kPiece; ++j) sum[i][j] += double(acc[i][j]);
   }
 
-  double* partial = s.splits > 1 ? job.partial + s.partial + local * kMomentsPartial : nullptr;
+  double* partial = s.splits > 1 ? job.partial + s.partial + local * moments_partial(MomentsPath::generic) : nullptr;
   ZF_UNROLL
   for (int i = 0; i < kPiece; ++i) ZF_UNROLL
   for (int j = 0; j < kPiece; ++j) {
     const int r = ty + i * kSide, c = tx + j * kSide;
     if (partial)
-      partial[r * kTile + c] = sum[i][j];
+      partial[kTile + r * kTile + c] = sum[i][j];
     else if (row0 + r <= col0 + c && col0 + c < features)
       s.comoment[(row0 + r) * features + col0 + c] += sum[i][j];
   }
   if (diagonal && threadIdx.x < kTile && row0 + threadIdx.x < features) {
     if (partial)
-      partial[kTile * kTile + threadIdx.x] = total;
+      partial[threadIdx.x] = total;
     else
       s.total[row0 + threadIdx.x] += total;
   }
 }
 
-// One block per tile of a space with several splits: adds the parts in order.
-__global__ void __launch_bounds__(kThreads) moments_reduce_kernel(const MomentsJob job) {
-  for (int i = 0; i < job.spaces; ++i) {
-    const MomentsSpace& s = job.space[i];
-    if (s.splits == 1) continue;
-    const int64_t features = job.models * s.size;
-    for (int tile = blockIdx.x; tile < s.tiles; tile += gridDim.x) {
-      int tile_row, tile_col;
-      moments_tile_of(tile, int(moments_side(features)), &tile_row, &tile_col);
-      const int64_t row0 = int64_t(tile_row) * kTile, col0 = int64_t(tile_col) * kTile;
-      const double* partial = job.partial + s.partial + int64_t(tile) * s.splits * kMomentsPartial;
-      for (int e = threadIdx.x; e < kTile * kTile + (tile_row == tile_col ? kTile : 0); e += kThreads) {
-        const int64_t row = row0 + (e < kTile * kTile ? e / kTile : e - kTile * kTile), col = col0 + e % kTile;
-        const bool product = e < kTile * kTile;
-        if (row >= features || (product && (row > col || col >= features))) continue;
-        double sum = 0;
-        for (int p = 0; p < s.splits; ++p) sum += partial[p * kMomentsPartial + e];
-        if (product)
-          s.comoment[row * features + col] += sum;
-        else
-          s.total[row] += sum;
-      }
+// Adds the parts of spaces with several splits.  A block has 32 entries of one tile, a warp every eighth part of them;
+// the eight sums are added in order.
+template <class part_t>
+__global__ void __launch_bounds__(kThreads)
+    moments_reduce_kernel(const __grid_constant__ MomentsJob job, int64_t stride) {
+  constexpr int kWidth = kMomentsReduceWidth, kGroups = kThreads / kWidth;
+  __shared__ double sums[kGroups][kWidth];
+  int at = 0;  // the last space whose first block is at or before this one has blocks
+  while (at + 1 < job.spaces && job.space[at + 1].reduce <= int(blockIdx.x)) ++at;
+  const MomentsSpace& s = job.space[at];
+  const int local = blockIdx.x - s.reduce, tile = local / kMomentsReduce, lane = threadIdx.x % kWidth;
+  const int entry = local % kMomentsReduce * kWidth + lane, group = threadIdx.x / kWidth;
+  const int64_t features = job.models * s.size;
+  int tile_row, tile_col;
+  moments_tile_of(tile, int(moments_side(features)), &tile_row, &tile_col);
+  const bool product = entry >= kTile;  // else the sum of a feature
+  const int e = product ? entry - kTile : entry;
+  const int64_t row = int64_t(tile_row) * kTile + (product ? e / kTile : e),
+                col = int64_t(tile_col) * kTile + e % kTile;
+  const bool wanted = product ? row <= col && col < features : tile_row == tile_col && row < features;
+  double sum = 0;
+  if (wanted) {
+    const double* part = job.partial + s.partial + int64_t(tile) * s.splits * stride;
+    for (int p = group; p < s.splits; p += kGroups) {
+      const double* own = part + p * stride;
+      sum += product ? double(reinterpret_cast<const part_t*>(own + kTile)[e]) : own[e];
     }
   }
+  sums[group][lane] = sum;
+  __syncthreads();
+  if (group > 0 || !wanted) return;
+  for (int g = 1; g < kGroups; ++g) sum += sums[g][lane];
+  if (product)
+    s.comoment[row * features + col] += sum;
+  else
+    s.total[row] += sum;
 }
 
 }  // namespace
@@ -143,10 +155,13 @@ cudaError_t moments(DType dtype, MomentsPath path, const MomentsJob& job, cudaSt
     }
     ZF_LAUNCH((moments_tile_kernel<scalar_t, acc_t>), unsigned(job.blocks), unsigned(kThreads), 0, stream, job);
   });
-  int tiles = 0;
-  for (int i = 0; i < job.spaces; ++i)
-    if (job.space[i].splits > 1 && job.space[i].tiles > tiles) tiles = job.space[i].tiles;
-  if (tiles) ZF_LAUNCH((moments_reduce_kernel), unsigned(tiles), unsigned(kThreads), 0, stream, job);
+  const int64_t stride = moments_partial(path);
+  const unsigned blocks = unsigned(job.reduce_blocks), threads = unsigned(kThreads);
+  if (blocks == 0) return cudaGetLastError();
+  if (path == MomentsPath::mma)
+    ZF_LAUNCH((moments_reduce_kernel<float>), blocks, threads, 0, stream, job, stride);
+  else
+    ZF_LAUNCH((moments_reduce_kernel<double>), blocks, threads, 0, stream, job, stride);
   return cudaGetLastError();
 }
 

@@ -8,8 +8,8 @@
 //   split   all others: x - c as two float16 numbers (split.cuh), three products.  The exponent of a feature belongs to
 //           the 64 samples at hand, so nothing about the batch has to be known before.
 // Which of the two a tile takes follows from its shifts, on the device.  The sums of tensor cores are cut off, so they
-// are added to float32 registers, which round to nearest, after 256 samples (split: 64), and those to float64 after
-// 16384.
+// are added to float32 registers, which round to nearest, after 256 samples (split: 64), and those after 16384 to this
+// block's part, in float32 (or to the co-moments, in float64, where there is one part only).
 // Why tiles of 64 although larger ones ask less of the second-level cache: four blocks fit on a multiprocessor, so that
 // the loads of one run under the products of the others, and spaces of 32 to 256 features, for which this path is
 // meant, waste little.  Shared memory: 16-byte units of a row are permuted, so that neither fragments nor transposed
@@ -356,15 +356,16 @@ struct MmaShared {
 // Adds a piece to this block's part, which nobody else writes, or straight to the co-moments.
 __device__ inline void mma_add(const MomentsJob& job, const MomentsSpace& s, int local, const MmaTile& tile, bool first,
                                const float (*piece)[kMomentsTile]) {
-  double* partial = s.splits > 1 ? job.partial + s.partial + local * kMomentsPartial : nullptr;
+  double* own = s.splits > 1 ? job.partial + s.partial + local * moments_partial(MomentsPath::mma) : nullptr;
+  float* partial = own ? reinterpret_cast<float*>(own + kMomentsTile) : nullptr;
   for (int e = threadIdx.x; e < kMomentsTile * kMomentsTile; e += kMmaThreads) {
     const int64_t row = tile.row0 + e / kMomentsTile, col = tile.col0 + e % kMomentsTile;
     if (row > col || col >= tile.features) continue;
-    const double part = double(piece[e / kMomentsTile][e % kMomentsTile]);
+    const float part = piece[e / kMomentsTile][e % kMomentsTile];
     if (partial)
       partial[e] = first ? part : partial[e] + part;
     else
-      s.comoment[row * tile.features + col] += part;
+      s.comoment[row * tile.features + col] += double(part);
   }
 }
 
@@ -459,7 +460,7 @@ __device__ inline void mma_total(const MomentsJob& job, const MomentsSpace& s, i
   double total = 0;
   for (int t = 0; t < 16; ++t) total += shared.sums[own][t];
   if (s.splits > 1)
-    job.partial[s.partial + local * kMomentsPartial + kMomentsTile * kMomentsTile + own] = total;
+    job.partial[s.partial + local * moments_partial(MomentsPath::mma) + own] = total;
   else
     s.total[tile.row0 + own] += total;
 }
