@@ -157,9 +157,11 @@ constexpr int kMomentsSpaces = 64, kMomentsPointers = 256;
 
 // generic: every device and dtype.  mma: tensor cores of compute capability 8.0 and newer.
 enum class MomentsPath { generic, mma };
-// What "auto" takes, by compute capability (80 for 8.0) and dtype.
-inline MomentsPath moments_path(int capability, DType dtype) {
-  return capability >= 80 && dtype != DType::f64 ? MomentsPath::mma : MomentsPath::generic;
+constexpr int64_t kMmaMostSamples = (int64_t(1) << 31) - 4096;  // path mma counts them in 32 bits
+// What "auto" takes, by compute capability (80 for 8.0), dtype and samples.
+inline MomentsPath moments_path(int capability, DType dtype, int64_t samples) {
+  const bool fits = dtype != DType::f64 && samples <= kMmaMostSamples;
+  return capability >= 80 && fits ? MomentsPath::mma : MomentsPath::generic;
 }
 
 struct MomentsSpace {

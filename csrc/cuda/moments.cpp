@@ -10,12 +10,14 @@ namespace {
 using cuda::MomentsPath;
 
 // The path that was asked for, or what "auto" takes; refuses what cannot run here.
-MomentsPath path_of(const std::string& asked, int capability, DType dtype) {
-  if (asked == "auto") return cuda::moments_path(capability, dtype);
+MomentsPath path_of(const std::string& asked, int capability, DType dtype, int64_t samples) {
+  if (asked == "auto") return cuda::moments_path(capability, dtype, samples);
   if (asked == "generic") return MomentsPath::generic;
   STD_TORCH_CHECK(asked == "mma", "moments_: path '", asked, "' is not built");
   STD_TORCH_CHECK(dtype != DType::f64, "moments_: path '", asked,
                   "' takes features of float32, float16 or bfloat16, got float64");
+  STD_TORCH_CHECK(samples <= cuda::kMmaMostSamples, "moments_: path '", asked, "' takes at most ",
+                  cuda::kMmaMostSamples, " samples in one call, got ", samples);
 #ifndef ZF_EMU
   STD_TORCH_CHECK(capability >= 80, "moments_: path '", asked, "' needs a GPU of compute capability 8.0 or newer, got ",
                   capability / 10, ".", capability % 10);
@@ -56,10 +58,13 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
   for (size_t i = 0; i < spaces; ++i) {
     const Tensor& first = features[i * models];
     const DType t = dtype_of("moments_", first);
-    if (job.spaces == cuda::kMomentsSpaces || (job.spaces + 1) * models > cuda::kMomentsPointers || t != dtype) flush();
-    dtype = t;
-    taken = path_of(path, capability, t);
     const AxisView view(first, axis[i]);
+    const MomentsPath best = path_of(path, capability, t, view.outer * view.inner);
+    if (job.spaces == cuda::kMomentsSpaces || (job.spaces + 1) * models > cuda::kMomentsPointers || t != dtype ||
+        best != taken)
+      flush();
+    dtype = t;
+    taken = best;
     const int64_t F = models * view.size, side = cuda::moments_side(F);
     alive.push_back(as_contiguous(shift[i]));
     STD_TORCH_CHECK(comoment[i].numel() == F * F && comoment[i].is_contiguous() && total[i].numel() == F &&

@@ -16,6 +16,7 @@
 // stores meet in a bank.
 #pragma once
 #include "cuda/launch.h"
+#include "cuda/scope.cuh"
 #include "cuda/split.cuh"
 #include "cuda/tensor_core.cuh"
 
@@ -25,9 +26,9 @@ constexpr int kMmaSamples = 64, kMmaThreads = 128, kMmaValues = kMomentsTile * k
 constexpr int kMmaUnits = kMmaSamples / 8;  // of 16 bytes in a row
 constexpr int kMmaFlush = 256;
 #ifdef ZF_EMU
-constexpr int64_t kMmaDouble = 512;  // small: tests are to see several
+constexpr int kMmaDouble = 512;  // small: tests are to see several
 #else
-constexpr int64_t kMmaDouble = 16384;  // samples whose sums stay in float32
+constexpr int kMmaDouble = 16384;  // samples whose sums stay in float32
 #endif
 static_assert(kMomentsTile == 64 && kMmaFlush % kMmaSamples == 0 && kMmaDouble % kMmaFlush == 0);
 
@@ -57,12 +58,12 @@ __device__ inline int mma_unit(int r, int u) { return (u ^ r ^ (r >> 3)) & (kMma
 // runs.
 // Where a thread's first sample of a chunk lies: images, position < inner; tokens: image is the chunk's first sample.
 struct MmaPlace {
-  int64_t image, position;
-  __device__ MmaPlace(int64_t sample0, int64_t inner)
-      : image(sample0 / inner), position(inner == 1 ? 0 : sample0 % inner + 8 * (threadIdx.x % 8)) {
+  int image, position;
+  __device__ MmaPlace(int sample0, int inner)
+      : image(sample0 / inner), position(inner == 1 ? 0 : sample0 % inner + 8 * int(threadIdx.x % 8)) {
     wrap(inner);
   }
-  __device__ void advance(int64_t inner) {
+  __device__ void advance(int inner) {
     if (inner == 1) {
       image += kMmaSamples;
     } else {
@@ -72,9 +73,8 @@ struct MmaPlace {
   }
 
  private:
-  __device__ void wrap(int64_t inner) {  // position < inner + 128, so that 32 bits do for a division
-    if (position < inner) return;
-    const unsigned images = inner > 2 * kMmaSamples ? 1u : unsigned(position) / unsigned(inner);
+  __device__ void wrap(int inner) {
+    const int images = position / inner;
     image += images, position -= images * inner;
   }
 };
@@ -92,11 +92,22 @@ struct MmaValues {
     else
       return bits_to_float(e % 2 ? word[e / 2] & 0xffff0000u : word[e / 2] << 16);
   }
-  __device__ void set(int e, scalar_t x) {
+  // Moves run `run` down by one value and puts x at its end: eight of these fill it, in a loop that needs no more
+  // registers than one round of it.
+  __device__ void push(int run, scalar_t x) {
+    constexpr int kRunWords = 8 * sizeof(scalar_t) / 4;
+    uint32_t* own = word + run * kRunWords;
+    ZF_UNROLL
+    for (int w = 0; w + 1 < kRunWords; ++w) {
+      if constexpr (sizeof(scalar_t) == 4)
+        own[w] = own[w + 1];
+      else
+        own[w] = own[w] >> 16 | own[w + 1] << 16;
+    }
     if constexpr (sizeof(scalar_t) == 4)
-      word[e] = float_to_bits(x);
+      own[kRunWords - 1] = float_to_bits(x);
     else
-      word[e / 2] |= uint32_t(x.bits) << 16 * (e % 2);  // was 0
+      own[kRunWords - 1] = own[kRunWords - 1] >> 16 | uint32_t(x.bits) << 16;
   }
 };
 
@@ -112,7 +123,7 @@ class MmaSlab {
   };
 
   // `from` [64]: where each feature's first sample lies, null beyond the last feature.
-  __device__ MmaSlab(const MomentsSpace& s, int64_t feature0, int features, const void* const* from)
+  __device__ MmaSlab(const MomentsSpace& s, int feature0, int features, const void* const* from)
       : s_(s),
         from_(from),
         feature0_(feature0),
@@ -130,28 +141,28 @@ class MmaSlab {
       const scalar_t* x = pointer(i * kRun);
       if (!x || left <= 0) continue;
       if constexpr (kTokens) {
-        x += (place.image + sample(i * kRun)) * s_.size;
+        x += int64_t(place.image + sample(i * kRun)) * s_.size;
         const scalar_t* last = pointer(i * kRun + kRun - 1);
         if (last && last - pointer(i * kRun) == kRun - 1 && aligned(x)) {
           load_run(x, value, i);
           continue;
         }
-        ZF_UNROLL
+        ZF_ROLLED
         for (int e = 0; e < kRun; ++e) {
           const scalar_t* y = pointer(i * kRun + e);
-          if (y) value.set(i * kRun + e, y[(place.image + sample(i * kRun)) * s_.size]);
+          value.push(i, y ? y[int64_t(place.image + sample(i * kRun)) * s_.size] : scalar_t{});
         }
       } else {
         const int64_t stride = s_.size * s_.inner;
-        x += place.image * stride + place.position;
+        x += int64_t(place.image) * stride + place.position;
         if (left >= kRun && place.position + kRun <= s_.inner && aligned(x)) {
           load_run(x, value, i);
           continue;
         }
-        int64_t position = place.position;
-        ZF_UNROLL
+        int position = place.position;
+        ZF_ROLLED
         for (int e = 0; e < kRun; ++e) {
-          if (e < left) value.set(i * kRun + e, *x);
+          value.push(i, e < left ? *x : scalar_t{});
           ++x;
           if (++position == s_.inner) position = 0, x += stride - s_.inner;
         }
@@ -164,8 +175,7 @@ class MmaSlab {
     return kTokens ? 2 * row_ + 32 * (e / (2 * kRun)) + e / kRun % 2 : kRun * unit_ + e % kRun;
   }
   // Notes what is not finite, and adds x - c to this thread's places in `sums`: [features of the tile][threads].
-  __device__ void observe(const Values& value, int64_t sample0, int samples, const float* shift,
-                          double (*sums)[16]) const {
+  __device__ void observe(const Values& value, int sample0, int samples, const float* shift, double (*sums)[16]) const {
     unsigned bad = 0;  // a bit for each value
     ZF_UNROLL
     for (int slot = 0; slot < kFeatures; ++slot) {
@@ -182,8 +192,9 @@ class MmaSlab {
     }
     for (; bad; bad &= bad - 1) {
       const int e = __ffs(int(bad)) - 1;
-      const int64_t f = feature0_ + feature(e), n = s_.seen + sample0 + sample(e);
-      atomicMin(s_.bad + f / s_.size, (long long)(n * s_.size + f % s_.size));
+      const int f = feature0_ + feature(e), size = int(s_.size);
+      const int64_t n = s_.seen + sample0 + sample(e);
+      atomicMin(s_.bad + f / size, (long long)(n * s_.size + f % size));
     }
   }
 
@@ -278,8 +289,7 @@ class MmaSlab {
 
   const MomentsSpace& s_;
   const void* const* from_;
-  int64_t feature0_;
-  int features_, row_, unit_;
+  int feature0_, features_, row_, unit_;
 };
 
 // The fragments of 16 rows (or twice 8 columns) and 16 samples.
@@ -330,25 +340,26 @@ __device__ inline int mma_col(int col0, int j, int e) { return col0 + 8 * j + th
 
 // The tile and the samples of a block.
 struct MmaTile {
-  int64_t features, row0, col0, begin, end;
-  __device__ MmaTile(const MomentsJob& job, const MomentsSpace& s, int local) : features(job.models * s.size) {
+  int features, row0, col0, begin, end;
+  __device__ MmaTile(const MomentsJob& job, const MomentsSpace& s, int local) : features(job.models * int(s.size)) {
     const int64_t samples = s.outer * s.inner;
     const int split = local % s.splits;
     int row, col;
     moments_tile_of(local / s.splits, int(moments_side(features)), &row, &col);
-    row0 = int64_t(row) * kMomentsTile, col0 = int64_t(col) * kMomentsTile;
-    begin = samples * split / s.splits, end = samples * (split + 1) / s.splits;
+    row0 = row * kMomentsTile, col0 = col * kMomentsTile;
+    begin = int(samples * split / s.splits), end = int(samples * (split + 1) / s.splits);
   }
   __device__ bool diagonal() const { return row0 == col0; }
   __device__ int features_of(int side) const {  // of 64 rows or columns, how many there are
-    const int64_t left = features - (side ? col0 : row0);
-    return left < kMomentsTile ? int(left) : kMomentsTile;
+    const int left = features - (side ? col0 : row0);
+    return left < kMomentsTile ? left : kMomentsTile;
   }
 };
 
 struct MmaShared {
   const void* from[2][kMomentsTile];  // first sample of each feature
   MmaOperand operand[2];              // rows, columns
+  int feature0[2], features[2];       // of rows and columns: the first, and how many there are
   double sums[kMomentsTile][16];
   float shift[2][kMomentsTile];
 };
@@ -359,13 +370,13 @@ __device__ inline void mma_add(const MomentsJob& job, const MomentsSpace& s, int
   double* own = s.splits > 1 ? job.partial + s.partial + local * moments_partial(MomentsPath::mma) : nullptr;
   float* partial = own ? reinterpret_cast<float*>(own + kMomentsTile) : nullptr;
   for (int e = threadIdx.x; e < kMomentsTile * kMomentsTile; e += kMmaThreads) {
-    const int64_t row = tile.row0 + e / kMomentsTile, col = tile.col0 + e % kMomentsTile;
+    const int row = tile.row0 + e / kMomentsTile, col = tile.col0 + e % kMomentsTile;
     if (row > col || col >= tile.features) continue;
     const float part = piece[e / kMomentsTile][e % kMomentsTile];
     if (partial)
       partial[e] = first ? part : partial[e] + part;
     else
-      s.comoment[row * tile.features + col] += double(part);
+      s.comoment[int64_t(row) * tile.features + col] += double(part);
   }
 }
 
@@ -373,18 +384,19 @@ template <class scalar_t, bool kTokens, bool kPlain>
 __device__ inline void moments_mma_tile(const MomentsJob& job, const MomentsSpace& s, int local, MmaShared& shared) {
   using half_t = typename std::conditional<kPlain && std::is_same<scalar_t, BFloat16>::value, BFloat16, Half>::type;
   using Slab = MmaSlab<scalar_t, kTokens>;
-  const MmaTile tile(job, s, local);
+  const MmaTile tile(job, s, anew(local));
   const bool diagonal = tile.diagonal();
+  const int begin = tile.begin, end = tile.end;
   const int thread = int(threadIdx.x), warp_row = thread / 64 * 32, warp_col = thread / 32 % 2 * 32;
   const bool idle = diagonal && warp_row > warp_col;  // all of it below the diagonal
   MmaOperand &a = shared.operand[0], &b = shared.operand[diagonal ? 0 : 1];
 
-  MmaPlace place(tile.begin, s.inner);
+  MmaPlace place(begin, int(s.inner));
   // Brings 64 samples of a slab into an operand; ends without a barrier.
-  auto bring = [&](int side, int64_t n, int samples) {
+  auto bring = [&](int side, int n, int samples) {
     MmaOperand& out = shared.operand[side];
     typename Slab::Values value;
-    const Slab slab(s, side ? tile.col0 : tile.row0, tile.features_of(side), shared.from[side]);
+    const Slab slab(s, shared.feature0[side], shared.features[side], shared.from[side]);
     slab.fetch(samples, place, value);
     if (diagonal) slab.observe(value, n, samples, shared.shift[side], shared.sums);
     if constexpr (kPlain) {
@@ -398,13 +410,13 @@ __device__ inline void moments_mma_tile(const MomentsJob& job, const MomentsSpac
     }
   };
   float sum[2][4][4] = {}, acc[2][4][4] = {};
-  for (int64_t n0 = tile.begin; n0 < tile.end; n0 += kMmaDouble) {
-    const int64_t n1 = n0 + kMmaDouble < tile.end ? n0 + kMmaDouble : tile.end;
-    for (int64_t n = n0; n < n1; n += kMmaSamples) {
-      const int here = n1 - n < kMmaSamples ? int(n1 - n) : kMmaSamples;
+  for (int n0 = begin; n0 < end; n0 += kMmaDouble) {
+    const int n1 = end - n0 > kMmaDouble ? n0 + kMmaDouble : end;
+    for (int n = n0; n < n1; n += kMmaSamples) {
+      const int here = n1 - n < kMmaSamples ? n1 - n : kMmaSamples;
       bring(0, n, here);
       if (!diagonal) bring(1, n, here);
-      place.advance(s.inner);
+      place.advance(int(s.inner));
       __syncthreads();
       if (!kPlain && thread < kMomentsTile) shared.operand[0].peak[thread] = shared.operand[1].peak[thread] = 0;
       if (!idle) {
@@ -433,7 +445,7 @@ __device__ inline void moments_mma_tile(const MomentsJob& job, const MomentsSpac
       sum[i][j][e] = 0;
     }
     __syncthreads();
-    mma_add(job, s, local, tile, n0 == tile.begin, piece);
+    mma_add(job, s, local, MmaTile(job, s, anew(local)), n0 == begin, piece);
     __syncthreads();
   }
 }
@@ -442,11 +454,13 @@ __device__ inline void moments_mma_tile(const MomentsJob& job, const MomentsSpac
 template <class scalar_t>
 __device__ inline bool mma_begin(const MomentsJob& job, const MomentsSpace& s, const MmaTile& tile, MmaShared& shared) {
   const int side = threadIdx.x / kMomentsTile, own = threadIdx.x % kMomentsTile;
-  const int64_t f = (side ? tile.col0 : tile.row0) + own;
+  const int f = (side ? tile.col0 : tile.row0) + own;
   const float c = f < tile.features ? float(s.shift[f]) : 0.f;
   shared.shift[side][own] = c;
+  if (own == 0) shared.feature0[side] = side ? tile.col0 : tile.row0, shared.features[side] = tile.features_of(side);
   shared.from[side][own] =
-      f < tile.features ? static_cast<const scalar_t*>(job.x[s.pointer + f / s.size]) + f % s.size * s.inner : nullptr;
+      f < tile.features ? static_cast<const scalar_t*>(job.x[s.pointer + f / int(s.size)]) + f % int(s.size) * s.inner
+                        : nullptr;
   shared.operand[side].peak[own] = 0;
   for (int e = threadIdx.x; e < kMomentsTile * 16; e += kMmaThreads) shared.sums[e / 16][e % 16] = 0;
   return __syncthreads_or(c != 0);
@@ -471,8 +485,7 @@ __global__ void __launch_bounds__(kMmaThreads, 3) moments_mma_kernel(const __gri
   __shared__ MmaShared shared;
   const MomentsSpace& s = job.space[moments_space_of(job, blockIdx.x)];
   const int local = blockIdx.x - s.block;
-  const MmaTile tile(job, s, local);
-  const bool moved = mma_begin<scalar_t>(job, s, tile, shared);
+  const bool moved = mma_begin<scalar_t>(job, s, MmaTile(job, s, anew(local)), shared);
   const bool tokens = s.inner == 1;
   bool done = false;
   if constexpr (sizeof(scalar_t) == 2) {
@@ -486,11 +499,11 @@ __global__ void __launch_bounds__(kMmaThreads, 3) moments_mma_kernel(const __gri
   }
   if (!done) {
     if (tokens)
-      moments_mma_tile<scalar_t, true, false>(job, s, local, shared);
+      moments_mma_tile<scalar_t, true, false>(job, s, anew(local), shared);
     else
       moments_mma_tile<scalar_t, false, false>(job, s, local, shared);
   }
-  mma_total(job, s, local, tile, shared);
+  mma_total(job, s, local, MmaTile(job, s, anew(local)), shared);
 }
 
 }  // namespace zipfast::cuda

@@ -5,12 +5,14 @@
 #ifdef ZF_EMU
 #include "../emu/cuda_emu.h"
 #define ZF_UNROLL
+#define ZF_ROLLED
 #else
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
 #define ZF_UNROLL _Pragma("unroll")
+#define ZF_ROLLED _Pragma("unroll 1")
 #define ZF_DYN_SHARED(T, name)                              \
   extern __shared__ __align__(16) unsigned char zf_smem_[]; \
   T* name = reinterpret_cast<T*>(zf_smem_)
