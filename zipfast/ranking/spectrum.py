@@ -102,9 +102,10 @@ def of_gram(
     """
     if route not in ROUTES:
         raise ValueError(f"of_gram: 'route' must be one of {', '.join(ROUTES)}, got {route!r}")
-    closed = (
-        ["asked for"] if route == "eigh" else (why_not_tridiagonal if route == "auto" else obstacles)(gram, samples)
-    )
+    if route == "eigh":
+        closed = ["eigenvectors are asked for"]
+    else:
+        closed = (why_not_tridiagonal if route == "auto" else obstacles)(gram, samples)
     if route == "tridiagonal" and closed:
         raise ValueError(f"of_gram: 'route' must be eigh here, got 'tridiagonal': {'; '.join(closed)}")
     if not closed:
