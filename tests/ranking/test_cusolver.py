@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from zipfast.ops import evidence
 from zipfast.ranking import Basis, FeatureStats, cusolver, spectrum
 from zipfast.ranking.cusolver import CusolverError, Solver, candidates, why_not_cusolver
 from zipfast.ranking.spectrum import all_above, of_gram
@@ -227,6 +228,24 @@ def test_routes():
         of_gram(gram, 40, route="other")
     with pytest.raises(ValueError, match=r"^of_gram: 'route' must be eigh here, got 'tridiagonal': N <= D: null"):
         of_gram(gram, 20, route="tridiagonal")
+
+
+def test_both_routes_on_the_device(place):
+    _, device = place
+    x, y = draw(900, 300)
+    columns = torch.nn.functional.one_hot(y).double()
+    gram, cross, square = (t.to(device) for t in (x.T @ x, x.T @ columns, (columns * columns).sum(0)))
+    values = []
+    for route in ("eigh", "tridiagonal"):
+        s = of_gram(gram, 900, route=route)
+        assert (s.offdiagonal is None) == (route == "eigh")
+        off = [] if s.offdiagonal is None else [s.offdiagonal]
+        options = ([900], [300], 2, 1e-10, 100, 0.0, 1e-10, True)
+        value, status, mean = evidence([s.diagonal], off, [s.project(cross).contiguous()], [square], *options)
+        assert (status[2] == 0).all()
+        values.append((value[0], s.expand(mean.reshape(300, -1))))
+    torch.testing.assert_close(values[0][0], values[1][0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(values[0][1], values[1][1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
