@@ -268,6 +268,14 @@ def test_steep_spectra(backend: str, device: str, mode: int, dead: int, toleranc
 
 
 @MODES
+@pytest.mark.parametrize("k", [40, 128])
+def test_forms_take_the_same_steps(backend: str, device: str, mode: int, k: int) -> None:
+    """Newton's second derivative decides how many; where it is wrong, only their number shows it."""
+    first, second = (solve(made(3 * k, k, 3, 0.5, form), mode, device, form) for form in ("diagonal", "tridiagonal"))
+    assert first.status.tolist() == second.status.tolist() and first.status[CONVERGED].all()
+
+
+@MODES
 def test_outputs_do_not_touch_each_other(backend: str, device: str, mode: int) -> None:
     p = made(60, 40, 5, 0.5, "tridiagonal")
     want = solve(p, mode, device, "tridiagonal", mean=True)
