@@ -123,27 +123,59 @@ cudaError_t masked_step(const StepJob& job, cudaStream_t stream);
 
 // --- evidence
 // ---------------------------------------------------------------------------------------------------------
-constexpr int kEvidenceProblems = 20, kEvidenceLanes = 32;
+// An output belongs to a team of threads, a power of two of them; a block holds kEvidenceThreads (tridiagonal:
+// kEvidenceChain) threads, so one or several teams.  352 problems fill the 32 KB of arguments.
+#ifdef ZF_EMU
+constexpr int kEvidenceProblems = 20, kEvidenceThreads = 64, kEvidenceChain = 64;  // small: tests are to see them all
+constexpr int kEvidenceTerms = 2, kEvidenceLinks = 2, kEvidenceFull = 512;
+#else
+constexpr int kEvidenceProblems = 352, kEvidenceThreads = 512, kEvidenceChain = 128;
+constexpr int kEvidenceTerms = 4, kEvidenceLinks = 16;  // rows of a thread at least; joining two threads costs two rows
+constexpr int kEvidenceFull = 65536;  // threads of a problem that fill a GPU; tridiagonal: half of them
+#endif
 
 struct EvidenceProblem {
-  rule::EvidenceRule rule;    // its trace is formed on the device
   const double* diagonal;     // [k]
   const double* offdiagonal;  // [k - 1] or null
   const double* projected;    // [k, outputs]
   const double* square;       // [outputs]
   double* mean;               // [k, outputs] or null
-  double* scratch;            // tridiagonal: [2, k, outputs]
-  long long k, outputs, first;
-  int block;  // first of its ceil(outputs / kEvidenceLanes) blocks
+  double* scratch;            // [outputs, evidence_rows(k, team)]
+  double samples, features;
+  long long first;  // of its outputs among all
+  int k, outputs;
+  int block;  // first of its blocks
+  int team;   // 2^team threads for an output
 };
 struct EvidenceJob {
   EvidenceProblem problem[kEvidenceProblems];
   double* value;      // [kEvidenceValues, all]
   long long* status;  // [kEvidenceStatus, all]
   long long all;
+  double tolerance, epsilon, floor;
+  int mode, most;
   int problems, blocks;
   bool tridiagonal;
 };
+static_assert(sizeof(EvidenceJob) <= 32764, "arguments of a kernel");
+// By a problem's own shape alone: its results do not depend on what else is in the list.
+inline int evidence_team(bool tridiagonal, int64_t k, int64_t outputs) {
+  const int64_t threads = tridiagonal ? kEvidenceChain : kEvidenceThreads;
+  const int64_t rows = tridiagonal ? kEvidenceLinks : kEvidenceTerms;
+  const int64_t full = tridiagonal ? kEvidenceFull / 2 : kEvidenceFull;
+  int team = 0;
+  for (int64_t size = 2; size <= threads && size * rows <= k && size * outputs <= full; size *= 2) ++team;
+  return team;
+}
+inline int64_t evidence_blocks(bool tridiagonal, int64_t outputs, int team) {
+  const int64_t teams = (tridiagonal ? kEvidenceChain : kEvidenceThreads) >> team;
+  return (outputs + teams - 1) / teams;
+}
+// A team's rows, as many for each of its threads.
+ZF_HD inline long long evidence_rows(long long k, int team) {
+  const long long size = 1ll << team;
+  return (k + size - 1) / size * size;
+}
 cudaError_t evidence(const EvidenceJob& job, cudaStream_t stream);
 
 // --- moments_

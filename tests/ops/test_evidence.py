@@ -28,7 +28,8 @@ ROUNDS = pytest.mark.parametrize("mode", [REFERENCE, CORRECTED], ids=["reference
 FORMS = pytest.mark.parametrize("form", ["diagonal", "tridiagonal"])
 SIZES = (0, 1, 2, 7, 8, 9, 31, 32, 33)
 OUTPUTS = (1, 7, 8, 9, 33)
-LAUNCH = 20  # kEvidenceProblems: what one CUDA launch takes
+WIDE = ((127, 1), (128, 3), (130, 1), (257, 2))  # rows and outputs: an output's threads are more than one warp
+LAUNCH, FULL_LAUNCH = 20, 352  # kEvidenceProblems: what one launch takes, on the emulator and on a GPU
 EPS, FLOOR = 1e-5, 1e-10
 LOG_TAU = np.log(2 * np.pi)
 
@@ -228,6 +229,70 @@ def test_sizes(backend: str, device: str, mode: int, form: str, k: int, toleranc
 
 @MODES
 @FORMS
+@pytest.mark.parametrize(("k", "outputs"), WIDE)
+def test_many_rows_few_outputs(
+    backend: str, device: str, mode: int, form: str, k: int, outputs: int, tolerance
+) -> None:
+    p = made(k + 30, k, outputs, 0.5, form)
+    got = solve(p, mode, device, form, mean=True)
+    if mode != EXACT:
+        check(p, got, expected(k + 30, k, outputs, 0.5, mode, k), mode, tolerance)
+        return
+    best = profile(p.f, p.y, np.log(got.value[RATIO]))[range(outputs), range(outputs)]
+    around = profile(p.f, p.y, np.log(np.outer([0.5, 0.99, 1.01, 2], got.value[RATIO])).ravel()).reshape(
+        4, outputs, outputs
+    )
+    error = allowed(p, got, tolerance)
+    assert (np.abs(got.value[EVIDENCE] - best) <= error).all()
+    assert (around[:, range(outputs), range(outputs)] <= best + error).all()
+    t = got.value[RATIO]
+    want = [np.linalg.solve(p.f.T @ p.f + t[j] * np.eye(k), p.f.T @ p.y[:, j]) for j in range(outputs)]
+    np.testing.assert_allclose(p.basis @ got.mean[0], np.array(want).T, rtol=0, atol=1e-9 * np.abs(want).max())
+
+
+@MODES
+@pytest.mark.parametrize("dead", [0, 30])
+def test_steep_spectra(backend: str, device: str, mode: int, dead: int, tolerance) -> None:
+    """Eigenvalues over 16 orders of magnitude, and a null space: the tridiagonal form says what the diagonal one does."""
+    g = np.random.default_rng(3)
+    f = g.standard_normal((200, 130)) * np.geomspace(1, 1e-8, 130)
+    f = f @ np.linalg.qr(g.standard_normal((130, 130)))[0]
+    f[:, :dead] = 0
+    y = f @ g.standard_normal((130, 2)) + [0.5, 0.01] * g.standard_normal((200, 2))
+    forms = [form_of(f, y, form) for form in ("diagonal", "tridiagonal")]
+    first, second = (solve(p, mode, device, form) for p, form in zip(forms, ("diagonal", "tridiagonal")))
+    assert (first.status[CODE] == second.status[CODE]).all() and (first.status[CODE] == FINE).all()
+    error = 10 * allowed(forms[0], first, tolerance)
+    assert (np.abs(first.value[EVIDENCE] - second.value[EVIDENCE]) <= error).all()
+    np.testing.assert_allclose(second.value[ALPHA:], first.value[ALPHA:], rtol=1e-6)
+
+
+@MODES
+@pytest.mark.parametrize("k", [40, 128])
+def test_forms_take_the_same_steps(backend: str, device: str, mode: int, k: int) -> None:
+    """Newton's second derivative decides how many; where it is wrong, only their number shows it."""
+    first, second = (solve(made(3 * k, k, 3, 0.5, form), mode, device, form) for form in ("diagonal", "tridiagonal"))
+    assert first.status.tolist() == second.status.tolist() and first.status[CONVERGED].all()
+
+
+@MODES
+def test_outputs_do_not_touch_each_other(backend: str, device: str, mode: int) -> None:
+    p = made(60, 40, 5, 0.5, "tridiagonal")
+    want = solve(p, mode, device, "tridiagonal", mean=True)
+    z, square = p.projected.copy(), p.square.copy()
+    z[17, 2], z[0, 4], square[3] = np.nan, np.nan, np.nan
+    got = solve(p._replace(projected=z, square=square), mode, device, "tridiagonal", mean=True)
+    assert got.status[CODE].tolist() == [FINE, FINE, NOT_FINITE, NOT_FINITE, NOT_FINITE]
+    for fine in (0, 1):
+        if backend == "torch":  # its product of matrices adds columns together
+            np.testing.assert_allclose(got.value[:, fine], want.value[:, fine], rtol=1e-9)
+        else:
+            assert (got.value[:, fine] == want.value[:, fine]).all()
+            assert (got.mean[0][:, fine] == want.mean[0][:, fine]).all()
+
+
+@MODES
+@FORMS
 def test_strided(backend: str, device: str, mode: int, form: str) -> None:
     args = arguments([made(36, 9, 9, 0.5, form)], form, device)
     wide = [[torch.stack([t, t], -1)[..., 0] for t in tensors] for tensors in args[:4]]
@@ -239,6 +304,8 @@ def test_strided(backend: str, device: str, mode: int, form: str) -> None:
         else:
             same_bits(got, want)
         wide[2] = [t.T.contiguous().T for t in args[2]]
+    shifted = [[torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape) for t in tensors] for tensors in args[:4]]
+    same_bits(evidence(*shifted, *args[4:], *options(mode, mean=True)), want)
 
 
 @MODES
@@ -256,6 +323,17 @@ def test_many_problems_equal_one_by_one_and_inputs_stay(backend: str, device: st
     same_bits(together, (torch.cat(value, 1), torch.cat(status, 1), torch.cat(mean)))
 
 
+@FORMS
+def test_more_problems_than_a_launch_takes(backend: str, device: str, form: str) -> None:
+    count = LAUNCH + 3 if backend == "torch" else FULL_LAUNCH + 3
+    problems = [made(12 + i % 7, i % 4 + 1, i % 3, 0.5, form) for i in range(count)]
+    options_ = options(CORRECTED, mean=True)
+    together = evidence(*arguments(problems, form, device), *options_)
+    parts = [evidence(*arguments(problems[b : b + 17], form, device), *options_) for b in range(0, count, 17)]
+    value, status, mean = zip(*parts)
+    same_bits(together, (torch.cat(value, 1), torch.cat(status, 1), torch.cat(mean)))
+
+
 @MODES
 @FORMS
 def test_equal_for_every_thread_count(cpu_backend: str, threads, mode: int, form: str) -> None:
@@ -270,7 +348,8 @@ def test_equal_for_every_thread_count(cpu_backend: str, threads, mode: int, form
 @MODES
 @FORMS
 def test_equal_for_every_emulator_schedule(emu_backend: str, monkeypatch, mode: int, form: str) -> None:
-    args = *arguments([made(36, 9, 33, 0.5, form), made(36, 7, 8, 0.5, form)], form, "cpu"), *options(mode, mean=True)
+    problems = [made(36, 9, 33, 0.5, form), made(36, 7, 8, 0.5, form), made(158, 128, 3, 0.5, form)]
+    args = *arguments(problems, form, "cpu"), *options(mode, mean=True)
     want = evidence(*args)
     for seed in range(3):
         monkeypatch.setenv("CUDA_EMU_SEED", str(seed))

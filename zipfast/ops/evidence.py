@@ -144,7 +144,7 @@ def evidence(
     Raises:
         TypeError, ValueError, RuntimeError: dtype, shape, range, device.
 
-    Cost and determinism: O(k) per output and round, with 1 division (diagonal) or 3 (tridiagonal); 11 rounds, or 35 and
+    Cost and determinism: O(k) per output and round, with 1 division (tridiagonal on a CPU: 3); 11 rounds, or 35 and
     about 7 in exact mode.  Sums run over k in a fixed order: equal on every run and thread count.
 
     Example:
