@@ -158,64 +158,69 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocks<kSamples>)
     from = r < job.rows ? uint32_t(job.row_start[r]) : 0u;
     to = r < job.rows ? uint32_t(job.row_start[r + 1]) : 0u;
   };
+  const uint32_t whole = uint32_t(job.alive) / E::kCount * E::kCount;  // the last entries are not loaded by 16 bytes
+  uint32_t base, stop;
   E entries[kAhead];
-  const auto fetch = [&](uint32_t base) {
+  const auto fetch = [&] {
     ZF_UNROLL
     for (int a = 0; a < kAhead; ++a) {
       const uint32_t at = base + a * kRound + lane * E::kCount;
-      if (at < end) entries[a].load(job, at);
+      if (at < stop) entries[a].load(job, at);
     }
   };
 
   bounds(row, begin, end);
   Stage<scalar_t, kSamples> stage;
-  stage.load(job, sample, threadIdx.x);
+  const bool by_words = stage.whole(job);
+  if (by_words) stage.load(job, sample, threadIdx.x);
   bounds(row + step, next_begin, next_end);
-  uint32_t base = begin / E::kCount * E::kCount;
-  fetch(base);
-  for (int unit = threadIdx.x, units = stage.units(job); unit < units;) {
-    stage.store(job, shared, unit);
-    unit += stage.kUnits * kStagedThreads;
-    if (unit < units) stage.load(job, sample, unit);
-  }
+  base = begin / E::kCount * E::kCount, stop = end < whole ? end : whole;
+  fetch();
+  if (by_words)
+    stage.copy(job, shared, sample);
+  else
+    stage.copy_each(job, shared, sample);
   __syncthreads();
 
   while (first < job.rows) {  // all of a warp: its lanes meet in the sums
     float sum[kSamples] = {};
-    while (base < end) {
+    const auto add = [&](float weight, uint32_t column) {
       ZF_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
-        const uint32_t at = base + a * kRound + lane * E::kCount;
-        if (at >= end) continue;
-        if (at < begin || at + E::kCount > end) entries[a].keep(at, begin, end, uint32_t(job.columns));
+      for (int p = 0; p < L::kPlanes; ++p) {
+        const typename L::Word x = shared[p * plane + column];
         ZF_UNROLL
-        for (int i = 0; i < E::kCount; ++i) {
-          const float weight = entries[a].value_at(i);
-          const uint32_t column = entries[a].column_at(i);
-          ZF_UNROLL
-          for (int p = 0; p < L::kPlanes; ++p) {
-            const typename L::Word x = shared[p * plane + column];
-            ZF_UNROLL
-            for (int j = 0; j < L::kEach; ++j) {
-              const int w = p * L::kEach + j;
-              if constexpr (L::kTwo) {
-                sum[2 * w] += weight * low_of<scalar_t>(x.at[j]);
-                sum[2 * w + 1] += weight * high_of<scalar_t>(x.at[j]);
-              } else {
-                sum[w] += weight * bits_to_float(x.at[j]);
-              }
-            }
+        for (int j = 0; j < L::kEach; ++j) {
+          const int w = p * L::kEach + j;
+          if constexpr (L::kTwo) {
+            sum[2 * w] += weight * low_of<scalar_t>(x.at[j]);
+            sum[2 * w + 1] += weight * high_of<scalar_t>(x.at[j]);
+          } else {
+            sum[w] += weight * bits_to_float(x.at[j]);
           }
         }
       }
+    };
+    while (base < stop) {
+      ZF_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        const uint32_t at = base + a * kRound + lane * E::kCount;
+        if (at >= stop) continue;
+        if (at < begin || at + E::kCount > end) entries[a].keep(at, begin, end, uint32_t(job.columns));
+        ZF_UNROLL
+        for (int i = 0; i < E::kCount; ++i) add(entries[a].value_at(i), entries[a].column_at(i));
+      }
       base += kAhead * kRound;
-      if (base < end) fetch(base);
+      if (base < stop) fetch();
     }
+    if (end > whole && lane == int((whole - begin / E::kCount * E::kCount) / E::kCount % kLanes))
+      for (uint32_t i = begin > whole ? begin : whole; i < end; ++i)
+        add(widen(static_cast<const scalar_t*>(job.value)[i]), static_cast<const uint16_t*>(job.column)[i]);
 
     const long long done = row;
     first += step, row += step;
-    begin = next_begin, end = next_end, base = begin / E::kCount * E::kCount;
-    fetch(base);  // under way while the sums of this row meet
+    begin = next_begin, end = next_end;
+    base = begin / E::kCount * E::kCount, stop = end < whole ? end : whole;
+    fetch();  // under way while the sums of this row meet
     bounds(row + step, next_begin, next_end);
 
     // Each step hands half of the samples to the other lane, as long as there are two: one is left in each lane.

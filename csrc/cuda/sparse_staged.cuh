@@ -47,8 +47,8 @@ struct Layout {
 // Columns, the zero, and one more where that makes their number even.
 ZF_HD inline int staged_columns(long long columns) { return int(columns + 2) / 2 * 2; }
 
-// What a thread has in hand while it copies samples to shared memory: kUnits words of each sample, side by side in the
-// input for neighbouring threads; a word of 16-bit numbers is two columns.
+// Copies samples to shared memory, the zero included.  `copy` takes words of the input as they lie, kUnits of each
+// sample in hand at a time, side by side for neighbouring threads; a word of 16-bit numbers is two columns.
 template <class scalar_t, int kSamples>
 struct Stage {
   using L = Layout<scalar_t, kSamples>;
@@ -56,23 +56,20 @@ struct Stage {
   static constexpr int kUnits = kSamples <= 4 ? 4 : 16 / kSamples;
   uint32_t word[kUnits][kSamples];
 
-  __device__ static int units(const SparseJob& job) { return staged_columns(job.columns) / kColumns; }
-
-  __device__ static uint32_t read(const SparseJob& job, int sample, int unit) {
-    const int column = unit * kColumns, left = int(job.columns) - column;
-    if (sample >= job.batch || left <= 0) return 0;
-    const scalar_t* from = static_cast<const scalar_t*>(job.x) + (sample * int(job.columns) + column);
-    if (left >= kColumns && reinterpret_cast<uintptr_t>(from) % 4 == 0) return *reinterpret_cast<const uint32_t*>(from);
-    const uint16_t* each = reinterpret_cast<const uint16_t*>(from);
-    return uint32_t(each[0]) | (left > 1 ? uint32_t(each[1]) << 16 : 0u);
+  // Whether no word lies across two samples; else `copy_each`.
+  __device__ static bool whole(const SparseJob& job) {
+    return kColumns == 1 || (job.columns % 2 == 0 && reinterpret_cast<uintptr_t>(job.x) % 4 == 0);
   }
 
   __device__ void load(const SparseJob& job, int sample, int unit) {
+    const int units = int(job.columns) / kColumns;
+    const uint32_t* x = static_cast<const uint32_t*>(job.x);
     ZF_UNROLL
     for (int u = 0; u < kUnits; ++u) {
+      const int at = unit + u * kStagedThreads;
       ZF_UNROLL
       for (int s = 0; s < kSamples; ++s)
-        word[u][s] = unit + u * kStagedThreads < units(job) ? read(job, sample + s, unit + u * kStagedThreads) : 0u;
+        word[u][s] = at < units && sample + s < job.batch ? x[(sample + s) * units + at] : 0u;
     }
   }
 
@@ -86,30 +83,22 @@ struct Stage {
       if (column >= plane) continue;
       ZF_UNROLL
       for (int p = 0; p < L::kPlanes; ++p) {
-        typename L::Word low, high;
-        ZF_UNROLL
-        for (int j = 0; j < L::kEach; ++j) {
-          const int i = p * L::kEach + j;
-          if constexpr (L::kTwo) {
-            const uint32_t a = word[u][2 * i], b = word[u][2 * i + 1];
-            low.at[j] = (a & 0xffffu) | b << 16;
-            high.at[j] = a >> 16 | (b & 0xffff0000u);
-          } else if constexpr (kColumns == 2) {
-            low.at[j] = float_to_bits(low_of<scalar_t>(word[u][i]));
-            high.at[j] = float_to_bits(high_of<scalar_t>(word[u][i]));
-          } else {
-            low.at[j] = word[u][i];
-          }
-        }
         typename L::Word* to = shared + p * plane + column;
         if constexpr (kColumns == 1) {
-          to[0] = low;
+          typename L::Word all;
+          ZF_UNROLL
+          for (int j = 0; j < L::kEach; ++j) all.at[j] = word[u][p * L::kEach + j];
+          to[0] = all;
         } else {
           typename L::Word first, second;
           ZF_UNROLL
           for (int j = 0; j < L::kEach; ++j) {
-            first.at[j] = swap ? high.at[j] : low.at[j];
-            second.at[j] = swap ? low.at[j] : high.at[j];
+            const int i = p * L::kEach + j;
+            const uint32_t a = word[u][L::kTwo ? 2 * i : i], b = word[u][L::kTwo ? 2 * i + 1 : i];
+            const uint32_t low = L::kTwo ? (a & 0xffffu) | b << 16 : float_to_bits(low_of<scalar_t>(a));
+            const uint32_t high = L::kTwo ? a >> 16 | (b & 0xffff0000u) : float_to_bits(high_of<scalar_t>(a));
+            first.at[j] = swap ? high : low;
+            second.at[j] = swap ? low : high;
           }
           to[swap] = first;
           to[!swap] = second;
@@ -117,33 +106,54 @@ struct Stage {
       }
     }
   }
+
+  // The first `load` has been done.
+  __device__ void copy(const SparseJob& job, typename L::Word* shared, int sample) {
+    for (int unit = threadIdx.x, units = staged_columns(job.columns) / kColumns; unit < units;) {
+      store(job, shared, unit);
+      unit += kUnits * kStagedThreads;
+      if (unit < units) load(job, sample, unit);
+    }
+  }
+
+  __device__ static void copy_each(const SparseJob& job, typename L::Word* shared, int sample) {
+    const int plane = staged_columns(job.columns);
+    const scalar_t* x = static_cast<const scalar_t*>(job.x);
+    const auto bits = [&](int s, int column) -> uint32_t {
+      if (sample + s >= job.batch || column >= job.columns) return 0;
+      const scalar_t found = x[(long long)(sample + s) * job.columns + column];
+      if constexpr (L::kTwo)
+        return found.bits;
+      else
+        return float_to_bits(widen(found));
+    };
+    for (int column = threadIdx.x; column < plane; column += kStagedThreads) {
+      ZF_UNROLL
+      for (int w = 0; w < L::kWords; ++w)
+        shared[w / L::kEach * plane + column].at[w % L::kEach] =
+            L::kTwo ? bits(2 * w, column) | bits(2 * w + 1, column) << 16 : bits(w, column);
+    }
+  }
 };
 
-// 8 entries, from a place that 8 divides.
+// 8 entries, from a place that 8 divides; all 8 lie in the arrays.
 template <class scalar_t>
 struct Entries {
   static constexpr int kCount = 8, kValues = 2 * int(sizeof(scalar_t));
   Words<4> column, value[kValues / 4];
 
   __device__ void load(const SparseJob& job, uint32_t at) {
-    const uint16_t* columns = static_cast<const uint16_t*>(job.column) + at;
+    column = *reinterpret_cast<const Words<4>*>(static_cast<const uint16_t*>(job.column) + at);
     const scalar_t* values = static_cast<const scalar_t*>(job.value) + at;
-    if (at + kCount <= job.alive) {
-      column = *reinterpret_cast<const Words<4>*>(columns);
-      ZF_UNROLL
-      for (int j = 0; j < kValues / 4; ++j) value[j] = reinterpret_cast<const Words<4>*>(values)[j];
-      return;
-    }
-    const int count = int(job.alive - at);  // the end of the arrays
     ZF_UNROLL
-    for (int i = 0; i < kCount; ++i) put(i, i < count ? columns[i] : 0u, i < count ? bits(values[i]) : 0u);
+    for (int j = 0; j < kValues / 4; ++j) value[j] = reinterpret_cast<const Words<4>*>(values)[j];
   }
 
   // Entries outside of [begin, end) belong to other rows: 0 times the zero behind the last column.
   __device__ void keep(uint32_t at, uint32_t begin, uint32_t end, uint32_t zero) {
     ZF_UNROLL
     for (int i = 0; i < kCount; ++i)
-      if (at + i < begin || at + i >= end) put(i, zero, 0u);
+      if (at + i < begin || at + i >= end) put(i, zero);
   }
 
   __device__ uint32_t column_at(int i) const { return column.at[i / 2] >> 16 * (i % 2) & 0xffffu; }
@@ -154,20 +164,15 @@ struct Entries {
   }
 
  private:
-  __device__ static uint32_t bits(float x) { return float_to_bits(x); }
-  template <class T>
-  __device__ static uint32_t bits(T x) {
-    return x.bits;
-  }
   __device__ static void half(uint32_t& two, int i, uint32_t x) {
     two = i % 2 ? (two & 0xffffu) | x << 16 : (two & 0xffff0000u) | x;
   }
-  __device__ void put(int i, uint32_t c, uint32_t v) {
+  __device__ void put(int i, uint32_t c) {
     half(column.at[i / 2], i, c);
     if constexpr (sizeof(scalar_t) == 4)
-      value[i / 4].at[i % 4] = v;
+      value[i / 4].at[i % 4] = 0;
     else
-      half(value[0].at[i / 2], i, v);
+      half(value[0].at[i / 2], i, 0);
   }
 };
 
