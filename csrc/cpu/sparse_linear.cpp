@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <string>
 
 #include "cpu/lanes.h"
 #include "cpu/simd.h"
@@ -340,7 +341,7 @@ int64_t grain_of(int64_t blocks, int64_t alive, int64_t lanes) {
 }
 
 Tensor sparse_linear_cpu(const Tensor& row_start_, const Tensor& column_, const Tensor& value_, const Tensor& x_,
-                         const std::optional<Tensor>& bias_) {
+                         const std::optional<Tensor>& bias_, std::string) {
   const Tensor row_start = as_contiguous(row_start_), column = as_contiguous(column_), value = as_contiguous(value_);
   const Tensor x = as_contiguous(x_);
   std::optional<Tensor> bias;

@@ -322,10 +322,13 @@ cudaError_t threshold_write(const ThresholdJob& job, cudaStream_t stream);
 // ----------------------------------------------------------------------------------------------------
 constexpr int kSparseFew = 16;  // samples up to which a warp gathers from them as they lie
 #ifdef ZF_EMU
-constexpr int kSparseThreads = 64;
+constexpr int kSparseThreads = 64, kStagedThreads = 64;
 #else
-constexpr int kSparseThreads = 256;
+constexpr int kSparseThreads = 256, kStagedThreads = 512;
 #endif
+// A block that stages the input copies columns x batch numbers; below one weight in so many it would copy more of them
+// than it multiplies.
+constexpr long long kStagedSparsest = 64;
 
 struct SparseJob {
   const int32_t* row_start;  // [rows + 1]
@@ -342,6 +345,10 @@ struct SparseJob {
   bool narrow;
 };
 cudaError_t sparse_linear(DType dtype, const SparseJob& job, cudaStream_t stream);
+// The staged path: 1 to kSparseFew samples, narrow columns in their own place, values and columns on 16 bytes, not
+// float64.  `sparse_staged_samples`: how many samples it takes at a time, 0 where shared memory holds not even one.
+int sparse_staged_samples(DType dtype, long long columns, long long batch);
+cudaError_t sparse_linear_staged(DType dtype, const SparseJob& job, cudaStream_t stream);
 cudaError_t sparse_linear_weight(DType dtype, const SparseJob& job, cudaStream_t stream);
 
 // --- zip_match

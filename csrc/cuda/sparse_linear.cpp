@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Glue of the CUDA kernels of sparse_linear, sparse_linear_input and sparse_linear_weight.
+#include <string>
+
 #include "cuda/scope.h"
 
 namespace zipfast {
@@ -30,8 +32,23 @@ void* scratch(const Tensor& like, int64_t size, std::vector<Tensor>& keep) {
   return keep.back().mutable_data_ptr();
 }
 
+// What the staged path must have and this job has not; null: it may run.
+const char* why_not_staged(DType dtype, const cuda::SparseJob& job) {
+  if (dtype == DType::f64) return "float32, float16 or bfloat16";
+  if (job.order || !job.narrow) return "int16 columns";
+  if (job.batch < 1 || job.batch > cuda::kSparseFew) return "1 to 16 samples";
+  if (reinterpret_cast<uintptr_t>(job.column) % 16 != 0 || reinterpret_cast<uintptr_t>(job.value) % 16 != 0)
+    return "'column' and 'value' that begin on 16 bytes";
+  if (cuda::sparse_staged_samples(dtype, job.columns, job.batch) == 0) return "samples that fit in shared memory";
+  return nullptr;
+}
+
+// Whether copying the input to shared memory pays, where it can be done.
+bool staged_pays(const cuda::SparseJob& job) { return job.alive * cuda::kStagedSparsest >= job.rows * job.columns; }
+
 Tensor multiply(const char* op, cuda::SparseJob& job, const Tensor& value, const Tensor& x,
-                const std::optional<Tensor>& bias, std::vector<Tensor>& keep, const CudaScope& scope) {
+                const std::optional<Tensor>& bias, std::vector<Tensor>& keep, const CudaScope& scope,
+                const std::string& path = "gather") {
   STD_TORCH_CHECK(value.numel() == job.alive && value.scalar_type() == x.scalar_type() &&
                       x.numel() == job.batch * job.columns &&
                       (!bias || (bias->numel() == job.rows && bias->scalar_type() == x.scalar_type())),
@@ -39,19 +56,27 @@ Tensor multiply(const char* op, cuda::SparseJob& job, const Tensor& value, const
   job.value = data_of(value, keep);
   job.bias = bias ? data_of(*bias, keep) : nullptr;
   job.x = data_of(x, keep);
-  if (job.batch > cuda::kSparseFew) job.packed_x = scratch(x, job.batch * job.columns, keep);
   Tensor out = torch::stable::new_empty(x, {job.batch, job.rows});
   job.out = out.mutable_data_ptr();
-  check_launch(op, cuda::sparse_linear(dtype_of(op, x), job, scope.stream));
+  const DType dtype = dtype_of(op, x);
+  const char* reason = path == "gather" ? "" : why_not_staged(dtype, job);
+  STD_TORCH_CHECK(path != "staged" || !reason, op, ": path 'staged' must have ", reason ? reason : "");
+  // The emulator (capability 0) takes it by name only.
+  if (!reason && (path == "staged" || (scope.capability() >= 80 && staged_pays(job)))) {
+    check_launch(op, cuda::sparse_linear_staged(dtype, job, scope.stream));
+    return out;
+  }
+  if (job.batch > cuda::kSparseFew) job.packed_x = scratch(x, job.batch * job.columns, keep);
+  check_launch(op, cuda::sparse_linear(dtype, job, scope.stream));
   return out;
 }
 
 Tensor sparse_linear_cuda(const Tensor& row_start, const Tensor& column, const Tensor& value, const Tensor& x,
-                          const std::optional<Tensor>& bias) {
+                          const std::optional<Tensor>& bias, std::string path) {
   CudaScope scope(x);
   std::vector<Tensor> keep;
   cuda::SparseJob job = job_of("sparse_linear", row_start, column, x.size(1), x.size(0), keep);
-  return multiply("sparse_linear", job, value, x, bias, keep, scope);
+  return multiply("sparse_linear", job, value, x, bias, keep, scope, path);
 }
 
 Tensor sparse_linear_input_cuda(const Tensor&, const Tensor& column, const Tensor& value,

@@ -3,11 +3,13 @@
 //
 // Few samples: a warp owns a row and up to 8 samples, its lanes share out the weights, and one sum across the warp ends
 // each output.  More samples: they are packed to [columns, batch]; then a lane is a sample, and a warp runs over the
-// weights of a row, which it loads 32 at a time and passes around.  The input gradient is the same product with the
-// transposed layout, whose values are fetched by `order`.  The weight gradient: a lane per weight, or, on packed
-// samples, a warp per weight in turn.  No atomics, each sum in one order: equal on every run.
+// weights of a row, which it loads 32 at a time and passes around.  Few samples and rows that are worth it: the staged
+// path, which keeps the input in shared memory and reads 8 weights and columns at a time.  The input gradient is the
+// same product with the transposed layout, whose values are fetched by `order`.  The weight gradient: a lane per
+// weight, or, on packed samples, a warp per weight in turn.  No atomics, each sum in one order: equal on every run.
 #include "cuda/scope.cuh"
 #include "cuda/launch.h"
+#include "cuda/sparse_staged.cuh"
 
 namespace zipfast::cuda {
 
@@ -127,6 +129,123 @@ __global__ void sparse_linear_lanes_kernel(const __grid_constant__ SparseJob job
   }
 }
 
+// The staged path.
+// A block holds its samples in shared memory, [column][sample], and a zero after the last column.  A row is shared out
+// among kLanes lanes, 8 entries at a time: 16 bytes of columns, 16 or 32 of values, on the boundaries of 16 bytes, so
+// that the first and the last 8 may reach into other rows; what is foreign there is sent to the zero.  All loads of
+// kAhead rounds are under way before the first is used, for the first row even before the input is there.  Entry i of a
+// lane meets entry i of the other lanes in shared memory: bank_layout (zipfast/ops/sparse_linear.py) orders a row so
+// that they fall into different banks.  A sample's sum has the same order whatever the batch.
+
+template <class scalar_t, int kSamples, int kLanes>
+__global__ void __launch_bounds__(kStagedThreads, kStagedBlocks<kSamples>)
+    sparse_linear_staged_kernel(const __grid_constant__ SparseJob job) {
+  using L = Layout<scalar_t, kSamples>;
+  using E = Entries<scalar_t>;
+  constexpr int kAhead = sizeof(scalar_t) == 2 ? 4 : 2, kRound = kLanes * E::kCount, kRows = 32 / kLanes;
+  ZF_DYN_SHARED(typename L::Word, shared);
+  ask_ahead<scalar_t>(job);
+
+  const int plane = staged_columns(job.columns), sample = blockIdx.y * kSamples, lane = threadIdx.x % kLanes;
+  // A warp's rows, one beside the other, then as many again one grid further on: every block gets its share of the
+  // last.
+  const long long warp = (long long)(threadIdx.x / 32) * gridDim.x + blockIdx.x;
+  const long long step = (long long)gridDim.x * (kStagedThreads / 32) * kRows;
+  long long first = warp * kRows, row = first + threadIdx.x % 32 / kLanes;
+
+  uint32_t begin = 0, end = 0, next_begin = 0, next_end = 0;
+  const auto bounds = [&](long long r, uint32_t& from, uint32_t& to) {
+    from = r < job.rows ? uint32_t(job.row_start[r]) : 0u;
+    to = r < job.rows ? uint32_t(job.row_start[r + 1]) : 0u;
+  };
+  const uint32_t whole = uint32_t(job.alive) / E::kCount * E::kCount;  // the last entries are not loaded by 16 bytes
+  uint32_t base, stop;
+  E entries[kAhead];
+  const auto fetch = [&] {
+    ZF_UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+      const uint32_t at = base + a * kRound + lane * E::kCount;
+      if (at < stop) entries[a].load(job, at);
+    }
+  };
+
+  bounds(row, begin, end);
+  Stage<scalar_t, kSamples> stage;
+  const bool by_words = stage.whole(job);
+  if (by_words) stage.load(job, sample, threadIdx.x);
+  bounds(row + step, next_begin, next_end);
+  base = begin / E::kCount * E::kCount, stop = end < whole ? end : whole;
+  fetch();
+  if (by_words)
+    stage.copy(job, shared, sample);
+  else
+    stage.copy_each(job, shared, sample);
+  __syncthreads();
+
+  while (first < job.rows) {  // all of a warp: its lanes meet in the sums
+    float sum[kSamples] = {};
+    const auto add = [&](float weight, uint32_t column) {
+      ZF_UNROLL
+      for (int p = 0; p < L::kPlanes; ++p) {
+        const typename L::Word x = shared[p * plane + column];
+        ZF_UNROLL
+        for (int j = 0; j < L::kEach; ++j) {
+          const int w = p * L::kEach + j;
+          if constexpr (L::kTwo) {
+            sum[2 * w] += weight * low_of<scalar_t>(x.at[j]);
+            sum[2 * w + 1] += weight * high_of<scalar_t>(x.at[j]);
+          } else {
+            sum[w] += weight * bits_to_float(x.at[j]);
+          }
+        }
+      }
+    };
+    while (base < stop) {
+      ZF_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        const uint32_t at = base + a * kRound + lane * E::kCount;
+        if (at >= stop) continue;
+        if (at < begin || at + E::kCount > end) entries[a].keep(at, begin, end, uint32_t(job.columns));
+        ZF_UNROLL
+        for (int i = 0; i < E::kCount; ++i) add(entries[a].value_at(i), entries[a].column_at(i));
+      }
+      base += kAhead * kRound;
+      if (base < stop) fetch();
+    }
+    if (end > whole && lane == int((whole - begin / E::kCount * E::kCount) / E::kCount % kLanes))
+      for (uint32_t i = begin > whole ? begin : whole; i < end; ++i)
+        add(widen(static_cast<const scalar_t*>(job.value)[i]), static_cast<const uint16_t*>(job.column)[i]);
+
+    const long long done = row;
+    first += step, row += step;
+    begin = next_begin, end = next_end;
+    base = begin / E::kCount * E::kCount, stop = end < whole ? end : whole;
+    fetch();  // under way while the sums of this row meet
+    bounds(row + step, next_begin, next_end);
+
+    // Each step hands half of the samples to the other lane, as long as there are two: one is left in each lane.
+    int held = kSamples, mine = 0;
+    ZF_UNROLL
+    for (int apart = kLanes / 2; apart > 0; apart /= 2) {
+      if (held > 1) {
+        held /= 2;
+        const bool upper = lane & apart;
+        ZF_UNROLL
+        for (int s = 0; s < kSamples / 2; ++s) {
+          if (s >= held) continue;
+          const float given = upper ? sum[s] : sum[s + held], kept = upper ? sum[s + held] : sum[s];
+          sum[s] = kept + __shfl_xor_sync(kFullWarp, given, apart);
+        }
+        mine += upper ? held : 0;
+      } else {
+        sum[0] += __shfl_xor_sync(kFullWarp, sum[0], apart);
+      }
+    }
+    const bool writes = lane % (kLanes / kSamples) == 0;  // of the lanes with equal sums
+    if (writes && done < job.rows && sample + mine < job.batch) write<scalar_t>(job, sample + mine, done, sum[0]);
+  }
+}
+
 // A lane per weight: samples as they lie.
 template <class scalar_t>
 __global__ void sparse_linear_weight_gather_kernel(const __grid_constant__ SparseJob job) {
@@ -180,7 +299,83 @@ void gather(const SparseJob& job, cudaStream_t stream) {
             unsigned(kSparseThreads), 0, stream, job);
 }
 
+// What a block may use, and how many blocks there may be at once.
+struct Room {
+  int shared = 0, processors = 0;
+  Room() {
+#ifdef ZF_EMU
+    shared = 4096, processors = 1;  // little: tests are to see several groups of samples and rows
+#else
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return;
+    (void)cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    (void)cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+#endif
+  }
+};
+
+long long staged_bytes(DType dtype, long long columns, int samples) {
+  const int each = dtype == DType::f32 ? 4 * samples : samples == 1 ? 4 : 2 * samples;
+  return staged_columns(columns) * each;
+}
+
+template <class scalar_t, int kSamples, int kLanes>
+cudaError_t staged(const SparseJob& job, long long bytes, int processors, cudaStream_t stream) {
+#ifndef ZF_EMU
+  const cudaError_t e = cudaFuncSetAttribute(sparse_linear_staged_kernel<scalar_t, kSamples, kLanes>,
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (e != cudaSuccess) return e;
+#endif
+  const long long each = kStagedThreads / kLanes, blocks = (job.rows + each - 1) / each;
+  const long long most = (long long)processors * kStagedBlocks<kSamples>;
+  const dim3 grid(unsigned(blocks < most ? blocks : most), unsigned((job.batch + kSamples - 1) / kSamples));
+  ZF_LAUNCH((sparse_linear_staged_kernel<scalar_t, kSamples, kLanes>), grid, unsigned(kStagedThreads), size_t(bytes),
+            stream, job);
+  return cudaGetLastError();
+}
+
 }  // namespace
+
+int sparse_staged_samples(DType dtype, long long columns, long long batch) {
+  const Room room;
+  int samples = 1;
+  while (samples < batch && samples < kSparseFew) samples *= 2;
+  while (samples > 0 && staged_bytes(dtype, columns, samples) > room.shared) samples /= 2;
+  return columns < 0xffff ? samples : 0;  // the zero has a column too
+}
+
+cudaError_t sparse_linear_staged(DType dtype, const SparseJob& job, cudaStream_t stream) {
+  if (job.rows == 0 || job.batch == 0) return cudaSuccess;
+  const int samples = sparse_staged_samples(dtype, job.columns, job.batch), processors = Room().processors;
+  const long long bytes = staged_bytes(dtype, job.columns, samples);
+  return dispatch(dtype, [&](auto* tag) {
+    using scalar_t = std::remove_pointer_t<decltype(tag)>;
+    if constexpr (std::is_same_v<scalar_t, double>) {
+      return cudaErrorInvalidConfiguration;
+    } else {
+      // Rows that 16 lanes cannot load at once get all 32.
+      const auto run = [&](auto count) {
+        constexpr int kSamples = decltype(count)::value;
+        if (job.alive > 512 * job.rows) return staged<scalar_t, kSamples, 32>(job, bytes, processors, stream);
+        return staged<scalar_t, kSamples, 16>(job, bytes, processors, stream);
+      };
+      switch (samples) {
+        case 1:
+          return run(std::integral_constant<int, 1>{});
+        case 2:
+          return run(std::integral_constant<int, 2>{});
+        case 4:
+          return run(std::integral_constant<int, 4>{});
+        case 8:
+          return run(std::integral_constant<int, 8>{});
+        case 16:
+          return run(std::integral_constant<int, 16>{});
+        default:
+          return cudaErrorInvalidConfiguration;
+      }
+    }
+  });
+}
 
 cudaError_t sparse_linear(DType dtype, const SparseJob& job, cudaStream_t stream) {
   if (job.rows == 0 || job.batch == 0) return cudaSuccess;

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 import zipfast
 from zipfast.ops import sparse_linear, sparse_linear_input, sparse_linear_weight
 from zipfast.ops._mask import unpack
-from zipfast.ops.sparse_linear import columns_of, pack_weight, rows_of, transpose_layout, unpack_weight
+from zipfast.ops.sparse_linear import bank_layout, columns_of, pack_weight, rows_of, transpose_layout, unpack_weight
 
 F32, F64, F16, BF16 = DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ROUNDING = {F32: 0.0, F64: 0.0, F16: 2.0**-11, BF16: 2.0**-8}  # of the one rounding of the result
@@ -243,6 +245,203 @@ def test_indices_out_of_range_are_refused(cpu_backend: str, batch: int) -> None:
         sparse_linear(start - 1, column, value, x, None)
     with pytest.raises(RuntimeError, match="'row_start' must ascend"):
         sparse_linear(torch.tensor([0, 4, 3], dtype=torch.int32), column, value, x, None)
+
+
+# ------------------------------------------------------------------------------------------------------ the staged path
+
+STAGED_BATCHES = (1, 2, 3, 4, 5, 8, 9, 16)
+# entries of a row: around 8 (a load), 16 lanes' worth (128) and what is loaded at once (512), and where rows begin
+LENGTHS = (0, 1, 7, 8, 9, 31, 33, 127, 128, 129, 255, 257, 0, 513, 3)
+
+
+@pytest.fixture(params=["emu", "cuda"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where arguments live for the CUDA kernels, emulated or not."""
+    if not zipfast.available(request.param):
+        pytest.skip(f"backend {request.param!r}: {zipfast.ops.why_not(request.param)}")
+    with zipfast.backend(request.param):
+        yield "cuda" if request.param == "cuda" else "cpu"
+
+
+class Staged:
+    """Rows of given lengths, a batch, and what `gather` and the float64 product make of it."""
+
+    def __init__(self, lengths: tuple, columns: int, batch: int, dtype: torch.dtype = F32) -> None:
+        generator = torch.Generator().manual_seed(len(lengths) + batch)
+        mask = torch.zeros(len(lengths), columns, dtype=torch.bool)
+        for row, n in zip(mask, lengths, strict=True):
+            row[torch.randperm(columns, generator=generator)[:n]] = True
+        self.mask, self.weight = mask, noise(len(lengths), columns, seed=1, dtype=dtype) * mask
+        self.layout = pack_weight(self.weight, packed(mask))
+        self.x, self.bias = noise(batch, columns, seed=2, dtype=dtype), noise(len(lengths), seed=4, dtype=dtype)
+
+    def run(self, device: str, path: str = "staged", bias: bool = True) -> Tensor:
+        args = [t.to(device) for t in (*self.layout, self.x, self.bias)]
+        return sparse_linear(*args[:4], args[4] if bias else None, path).cpu()
+
+    def check(self, device: str, tolerance, **how) -> Tensor:
+        found, x, weight, bias = self.run(device, **how), *(t.double() for t in (self.x, self.weight, self.bias))
+        bias = bias if how.get("bias", True) else torch.zeros_like(bias)
+        want, scale = x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
+        assert found.shape == want.shape and found.dtype == self.x.dtype
+        error = (found.double() - want).abs() - ROUNDING[self.x.dtype] * (want.abs() + 2.0**-13)
+        share = (error / scale.clamp(min=1e-30)).clamp(min=0)
+        torch.testing.assert_close(share, torch.zeros_like(share), **tolerance("sparse_linear", "sum", F32))
+        return found
+
+
+@pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=str)
+@pytest.mark.parametrize("batch", STAGED_BATCHES)
+def test_staged_batches(gpu: str, batch: int, dtype: torch.dtype, tolerance) -> None:
+    Staged((33, 0, 40, 8, 1, 17, 30), 40, batch, dtype).check(gpu, tolerance)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+@pytest.mark.parametrize("columns", [601, 770])  # more columns: fewer samples at a time on the emulator
+def test_staged_rows_of_all_lengths(gpu: str, columns: int, dtype: torch.dtype, tolerance) -> None:
+    Staged(LENGTHS, columns, 3, dtype).check(gpu, tolerance, bias=False)
+    Staged((601, 590, 520, 600, 5), columns, 1, dtype).check(gpu, tolerance)  # long rows: all lanes of a warp
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 31, 32, 33, 127, 128, 129])
+def test_staged_columns(gpu: str, columns: int, tolerance) -> None:
+    for dtype, batch in ((BF16, 1), (BF16, 7), (F16, 2), (F32, 5)):
+        Staged((columns, columns // 2, 1), columns, batch, dtype).check(gpu, tolerance)
+
+
+@pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=str)
+def test_staged_sums_do_not_depend_on_the_batch(gpu: str, dtype: torch.dtype) -> None:
+    case = Staged((33, 40, 8, 300, 290), 300, 16, dtype)
+    want, x = case.run(gpu), case.x
+    for batch in (1, 2, 3, 8):
+        case.x = x[:batch]
+        assert torch.equal(case.run(gpu), want[:batch])
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_staged_is_exact_where_sums_are(gpu: str, batch: int) -> None:
+    for dtype in (F32, F16, BF16):
+        case = Staged((33, 0, 40, 129), 150, batch, dtype)
+        start, column, value = case.layout
+        case.layout = start, column, torch.arange(len(value)).remainder(3).to(dtype)
+        case.x, case.bias = (noise(*t.shape, seed=7).sign().to(dtype) for t in (case.x, case.bias))
+        dense = unpack_weight(start, column, case.layout[2], 150).double()
+        assert torch.equal(case.run(gpu).double(), case.x.double() @ dense.T + case.bias.double())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_staged_rows_keep_to_themselves(gpu: str, batch: int) -> None:
+    """What is loaded with a row and belongs to another one, or to none, is not added: not even 0 times it."""
+    for dtype in (F32, BF16, F16):
+        case = Staged((3, 5, 0, 9, 2, 14), 20, batch, dtype)
+        start, column, value = case.layout
+        value[start[1] : start[2]] = torch.inf
+        value[start[4] : start[5]] = torch.nan
+        case.x[0, columns_of(column)[start[3]]] = torch.nan
+        y = case.run(gpu)
+        by_x = case.mask[:, columns_of(column)[start[3]]]
+        by_value = torch.tensor([False, True, False, False, True, False])
+        assert torch.equal(y[0].isfinite(), ~(by_x | by_value))
+        assert torch.equal(y[1:].isfinite(), (~by_value).expand(batch - 1, 6))
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_staged_input_on_odd_places(gpu: str, dtype: torch.dtype) -> None:
+    case = Staged((9, 20, 31), 33, 4, dtype)
+    want = case.run(gpu)
+    case.x = torch.cat([torch.zeros(1, dtype=dtype), case.x.flatten()])[1:].view(4, 33)
+    assert case.x.data_ptr() % 4 == dtype.itemsize % 4
+    assert torch.equal(case.run(gpu), want)
+    case.x = case.x.T.contiguous().T
+    assert torch.equal(case.run(gpu), want)
+
+
+def test_staged_equal_for_every_emulator_schedule(emu_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in (Staged(LENGTHS, 601, 1), Staged((40, 33, 9) * 5, 50, 16, BF16)):
+        want = case.run("cpu")
+        for seed in range(4):
+            monkeypatch.setenv("CUDA_EMU_SEED", str(seed))
+            assert torch.equal(case.run("cpu"), want)
+
+
+def test_staged_and_gather_are_near(gpu: str) -> None:
+    case = Staged(LENGTHS, 601, 4)
+    torch.testing.assert_close(case.run(gpu), case.run(gpu, "gather"), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(case.run(gpu), case.run(gpu, "gather"))  # else one of them did not run
+
+
+@pytest.mark.parametrize("batch", [0, 17])
+def test_staged_is_refused(gpu: str, batch: int) -> None:
+    case = Staged((3, 2), 9, 4)
+    start, column, value = (t.to(gpu) for t in case.layout)
+    x, refused = case.x.to(gpu), r"sparse_linear: path 'staged' must have "
+
+    def run(column: Tensor, value: Tensor, x: Tensor) -> Tensor:
+        return sparse_linear(start, column, value, x, None, "staged")
+
+    with pytest.raises(RuntimeError, match=refused + "float32, float16 or bfloat16"):
+        run(column, value.double(), x.double())
+    with pytest.raises(RuntimeError, match=refused + "int16 columns"):
+        run(column.int(), value, x)
+    with pytest.raises(RuntimeError, match=refused + "1 to 16 samples"):
+        run(column, value, x[:1].expand(batch, 9))
+    with pytest.raises(RuntimeError, match=refused + "'column' and 'value' that begin on 16 bytes"):
+        run(column, torch.cat([value[:1], value])[1:], x)
+    with pytest.raises(RuntimeError, match=refused + "samples that fit in shared memory"):
+        sparse_linear(start, column, value, x.new_zeros(1, 65536), None, "staged")
+
+
+# ---------------------------------------------------------------------------------------------------------- bank_layout
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("columns", [1, 16, 40, 300])
+def test_bank_layout_is_the_same_matrix(columns: int, wide: bool) -> None:
+    mask = torch.rand(20, columns, generator=torch.Generator().manual_seed(columns)) < torch.linspace(0, 1, 20)[:, None]
+    start, column, value = pack_weight(noise(20, columns, seed=1), packed(mask))
+    column = columns_of(column).int() if wide else column
+    found, order = bank_layout(start, column, columns)
+    assert found.dtype == column.dtype and order.dtype == torch.int32 and torch.equal(found, column[order.long()])
+    assert torch.equal(order.sort().values.long(), torch.arange(len(value)))
+    assert torch.equal(rows_of(start, column)[order.long()], rows_of(start, column))
+    dense = unpack_weight(start, found, value[order.long()], columns)
+    assert torch.equal(dense, unpack_weight(start, column, value, columns))
+
+
+def test_bank_layout_keeps_lanes_apart() -> None:
+    """Rows with the same number of columns of each residue: no two of 16 lanes that meet share one."""
+    rows, columns = 6, 256
+    rank = torch.rand(rows, 16, 16, generator=torch.Generator().manual_seed(0)).argsort(1).argsort(1)
+    mask = (rank < torch.arange(2, 14, 2)[:, None, None]).view(rows, columns)  # [row, column / 16, residue]
+    start, column, _ = pack_weight(torch.zeros(rows, columns), packed(mask))
+    found, place = columns_of(bank_layout(start, column, columns)[0]), torch.arange(len(column))
+    row = rows_of(start, column)
+    place = place - start.long()[row] // 8 * 8
+    meeting = ((row * 10 + place // 128) * 8 + place % 8) * 16 + found % 16  # row, round, entry of a lane, residue
+    assert len(meeting.unique()) == len(meeting)
+    ascending = ((row * 10 + place // 128) * 8 + place % 8) * 16 + columns_of(column) % 16
+    assert len(ascending.unique()) < 0.8 * len(ascending)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 20])
+def test_any_order_within_a_row(backend: str, device: str, batch: int) -> None:
+    case = Staged((33, 0, 40, 129, 8), 150, batch)
+    want = case.run(device, "auto")
+    column, order = bank_layout(*case.layout[:2], 150)
+    case.layout = case.layout[0], column, case.layout[2][order.long()]
+    torch.testing.assert_close(case.run(device, "auto"), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [bank_layout, transpose_layout])
+def test_layouts_of_wrong_indices_are_refused(make) -> None:
+    start, column = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([0, 4, 1], dtype=torch.int16)
+    with pytest.raises(ValueError, match=rf"^{make.__name__}: 'column' must be in \[0, 4\), got 4$"):
+        make(start, column, 4)
+    with pytest.raises(ValueError, match=r"'column' must be in \[0, 4\), got -1$"):
+        make(start, torch.tensor([0, -1, 1], dtype=torch.int32), 4)
+    for wrong in ([0, 4, 3], [1, 2, 3], [0, 2, 4]):
+        with pytest.raises(ValueError, match=rf"^{make.__name__}: 'row_start' must ascend from 0 to 3$"):
+            make(torch.tensor(wrong, dtype=torch.int32), column, 5)
 
 
 S, C = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([0, 3, 1], dtype=torch.int16)

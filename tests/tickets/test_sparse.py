@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from zipfast.ops import sparse_linear, sparse_linear_input
-from zipfast.ops.sparse_linear import transpose_layout
-from zipfast.tickets import SparseLinear, SparseWeight
+from zipfast.ops.sparse_linear import columns_of, transpose_layout
+from zipfast.tickets import SparseLinear, SparseWeight, sparse
 from zipfast.tickets.sparse import linear
 
 
@@ -144,3 +144,48 @@ def test_transposed_layout_is_the_gradient() -> None:
     grad, value = torch.randn(3, 40), layer.value.detach()
     want = sparse_linear_input(layer.row_start, layer.column, value, [], grad, 33)
     torch.testing.assert_close(sparse_linear(row_start, column, value[order.long()], grad, None), want)
+
+
+def test_the_order_for_gpus_is_the_same_layer() -> None:
+    dense, layer, mask = pair(6, 90)
+    before = columns_of(layer.column).tolist()
+    assert layer.t_order is None and layer.for_gpu_() is layer
+    assert columns_of(layer.column).tolist() != before
+    assert torch.equal(layer.weight.to_dense(), dense.weight)
+    x = [torch.randn(3, 90).requires_grad_() for _ in range(1)]
+    x.append(x[0].detach().clone().requires_grad_())
+    for m, v in zip((dense, layer), x, strict=True):
+        y = m(v)
+        (y * y.detach().cos()).sum().backward()
+    torch.testing.assert_close(x[1].grad, x[0].grad)
+    dense_grad = SparseWeight(layer.row_start, layer.column, layer.value.grad, 90).to_dense()
+    torch.testing.assert_close(dense_grad, dense.weight.grad * mask)
+
+
+def test_the_order_for_gpus_travels_in_state_dicts() -> None:
+    dense, layer, _ = pair(6, 90)
+    arranged = copy.deepcopy(layer).for_gpu_()
+    assert set(arranged.state_dict()) == {"value", "bias", "row_start", "column"}
+    x = torch.randn(2, 90, requires_grad=True)
+    for source, target in ((arranged, layer), (copy.deepcopy(layer), arranged)):
+        target.load_state_dict(source.state_dict())
+        assert torch.equal(target.weight.to_dense(), dense.weight)
+        assert (target.t_order is None) == (source.t_order is None)
+        torch.testing.assert_close(*(torch.autograd.grad(m(x).sum(), x)[0] for m in (dense, target)))
+    assert arranged.for_gpu_().double().weight.to_dense().dtype == torch.float64
+    moved = copy.deepcopy(arranged).to("meta")
+    assert moved.value.is_meta and torch.equal(arranged.weight.to_dense(), dense.weight.double())
+
+
+def test_layers_made_on_a_gpu_are_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, layer, mask = pair(6, 90)
+    monkeypatch.setattr(sparse, "on_gpu", lambda t: True)
+    made = SparseLinear.from_linear(dense, packed(mask))
+    assert torch.equal(made.column, copy.deepcopy(layer).for_gpu_().column) and made.t_order is not None
+    assert torch.equal(made.weight.to_dense(), dense.weight)
+
+
+def test_a_layer_made_elsewhere_keeps_its_parameter() -> None:
+    _, layer, _ = pair(6, 90)
+    value = layer.value
+    assert layer.for_gpu_().value is value and value.requires_grad

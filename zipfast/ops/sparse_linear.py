@@ -3,7 +3,8 @@
 
 The layout is compressed rows: ``row_start`` [out + 1], ``column`` [alive], ``value`` [alive], where a column is the bit
 pattern of a uint16 held as int16 if there are at most 65536 of them, else int32.  ``pack_weight`` makes it from a weight
-and a packed mask, ``transpose_layout`` that of the transposed weight, over the same values.
+and a packed mask, ``transpose_layout`` that of the transposed weight, over the same values, and ``bank_layout`` puts the
+entries of each row in the order in which a GPU reads its input best.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from . import _check as check
 from ._mask import unpack
+from ._paths import Paths
 from ._registry import op
 
 STEM = "sparse_linear"
 NARROW = 1 << 16  # columns that 16 bits tell apart
 MAX_ALIVE = (1 << 31) - 1
+BANKS, LANES, EACH = 16, 16, 8  # of bank_layout: residues kept apart, lanes that load together, entries that each loads
 
 
 # -------------------------------------------------------------------------------------------------------------- layout
@@ -65,11 +68,51 @@ def unpack_weight(row_start: Tensor, column: Tensor, value: Tensor, in_features:
 
 
 def transpose_layout(row_start: Tensor, column: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row_start, column, order) of the transposed matrix: its entry i is ``value[order[i]]`` of the matrix itself."""
+    """(row_start, column, order) of the transposed matrix: its entry i is ``value[order[i]]`` of the matrix itself.
+
+    Raises:
+        ValueError: ``row_start`` or ``column`` is out of range, which GPUs do not see.
+    """
+    _check_indices("transpose_layout", row_start, column, in_features)
     old = columns_of(column)
     order = old.argsort(stable=True)  # entries lie row by row: a stable sort keeps rows ascending in a column
     row = rows_of(row_start, column)[order]
     return _row_start(old[order], in_features), _narrow(row, len(row_start) - 1), order.int()
+
+
+def bank_layout(row_start: Tensor, column: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """(column, order) of the same matrix with the entries of each row in another order: entry i is ``value[order[i]]``.
+
+    On a GPU the lanes of a warp look up, at the same time, one entry each of 8 that they have loaded.  Lanes whose columns
+    leave the same remainder by 16 would wait for each other; in this order 16 of them, as far as a row has them, are
+    different.  Any order gives the same sums up to rounding; ``sparse_linear_input`` in C++ needs the ascending one.
+
+    Raises:
+        ValueError: ``row_start`` or ``column`` is out of range, which GPUs do not see.
+
+    Example:
+        >>> import torch
+        >>> row_start, column = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0, 1, 16, 17], dtype=torch.int16)
+        >>> bank_layout(row_start, column, 32)
+        (tensor([ 0,  1, 16, 17], dtype=torch.int16), tensor([0, 1, 2, 3], dtype=torch.int32))
+    """
+    _check_indices("bank_layout", row_start, column, in_features)
+    row, columns = rows_of(row_start, column), columns_of(column)
+    # one column of each residue, then the next of each
+    kind = row * BANKS + columns % BANKS
+    by_kind = kind.argsort(stable=True)
+    count = torch.bincount(kind, minlength=(len(row_start) - 1) * BANKS)
+    rank = torch.empty_like(row)
+    rank[by_kind] = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[kind[by_kind]]
+    wanted = ((row * (in_features + 1) + rank) * BANKS + columns % BANKS).argsort()
+    # places in the order in which they are multiplied: rounds of LANES loads, in each the first entry of every lane, ...
+    start = row_start[:-1].long()[row]
+    place = torch.arange(len(row), device=row.device) - start // EACH * EACH
+    lane, entry, turn = place // EACH % LANES, place % EACH, place // (LANES * EACH)
+    met = (((row * (in_features + LANES * EACH) + turn) * EACH + entry) * LANES + lane).argsort()
+    order = torch.empty_like(row)
+    order[met] = wanted
+    return column[order], order.int()
 
 
 def columns_of(column: Tensor) -> Tensor:
@@ -91,6 +134,17 @@ def _row_start(row: Tensor, rows: int) -> Tensor:
 def _narrow(column: Tensor, columns: int) -> Tensor:
     # modulo 2^16 by way of subtraction, so that no out-of-range cast is asked for
     return (column - (column >> 15 << 16)).to(torch.int16) if columns <= NARROW else column.int()
+
+
+def _check_indices(name: str, row_start: Tensor, column: Tensor, in_features: int) -> None:
+    alive = column.numel()
+    step = row_start.diff()
+    if bool((row_start[:1] != 0).any() | (row_start[-1:] != alive).any() | (step < 0).any()):
+        raise ValueError(f"{name}: 'row_start' must ascend from 0 to {alive}")
+    columns = columns_of(column)
+    if bool(((columns < 0) | (columns >= in_features)).any()):
+        worst = int(columns.max()) if int(columns.max()) >= in_features else int(columns.min())
+        raise ValueError(f"{name}: 'column' must be in [0, {in_features}), got {worst}")
 
 
 # ----------------------------------------------------------------------------------------------------------- contracts
@@ -127,7 +181,9 @@ def _contract(row_start: Tensor, column: Tensor, value: Tensor, x: Tensor, bias:
         check.check_shape(STEM, "bias", bias, [row_start.shape[0] - 1], "[out]")
 
 
-def _fake(row_start: Tensor, column: Tensor, value: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(
+    row_start: Tensor, column: Tensor, value: Tensor, x: Tensor, bias: Tensor | None, path: str = "auto"
+) -> Tensor:
     return x.new_empty((x.shape[0], row_start.shape[0] - 1))
 
 
@@ -187,21 +243,26 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @op(
-    "sparse_linear(Tensor row_start, Tensor column, Tensor value, Tensor x, Tensor? bias) -> Tensor",
+    'sparse_linear(Tensor row_start, Tensor column, Tensor value, Tensor x, Tensor? bias, str path="auto") -> Tensor',
     contract=_contract,
     fake=_fake,
+    paths=Paths(("gather", "staged")),
 )
-def sparse_linear(row_start: Tensor, column: Tensor, value: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def sparse_linear(
+    row_start: Tensor, column: Tensor, value: Tensor, x: Tensor, bias: Tensor | None, path: str = "auto"
+) -> Tensor:
     r"""A linear layer by its alive weights only.
 
     .. math:: y_{bo} = bias_o + \sum_{i = row\_start_o}^{row\_start_{o+1} - 1} value_i \, x_{b, column_i}
 
     Args:
         row_start: int32 [out + 1], ascending from 0 to ``alive``.
-        column: [alive], int16 (read as unsigned; at most 65536 input features) or int32, ascending in each row.
+        column: [alive], int16 (read as unsigned; at most 65536 input features) or int32, in any order within a row.
         value: [alive], of the dtype of ``x``.
         x: [batch, in], float32, float64, float16 or bfloat16, any strides.
         bias: [out], of the dtype of ``x``, or None.
+        path: which CUDA kernel (see ``docs/kernels.md``): ``"gather"``, for everything; ``"staged"``, the input in shared
+            memory: 1 to 16 samples, int16 columns, not float64.
 
     Returns:
         [batch, out], contiguous, of the dtype of ``x``.

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.sparse_linear import pack_weight, transpose_layout, unpack_weight
+from ..ops.sparse_linear import bank_layout, columns_of, pack_weight, rows_of, transpose_layout, unpack_weight
 
 __all__ = ["SparseLinear", "SparseWeight", "linear"]
+
+
+def on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -41,6 +45,11 @@ class SparseWeight:
     def to_dense(self) -> Tensor:
         """The matrix; dead entries are +0."""
         return unpack_weight(self.row_start, self.column, self.value, self.in_features)
+
+    def for_gpu(self) -> SparseWeight:
+        """The same matrix with the entries of each row in the order in which a GPU multiplies them fastest (a copy)."""
+        column, order = bank_layout(self.row_start, self.column, self.in_features)
+        return SparseWeight(self.row_start, column, self.value[order.long()], self.in_features)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,6 +99,8 @@ class _Input(torch.autograd.Function):
         ctx: Any, row_start: Tensor, column: Tensor, value: Tensor, grad: Tensor, in_features: int, *transposed: Tensor
     ) -> Tensor:
         ctx.save_for_backward(row_start, column, value, grad, *transposed)
+        if transposed and not on_gpu(grad):  # the kernel in C++ wants ascending columns; this product takes any
+            return ops.sparse_linear(transposed[0], transposed[1], value[transposed[2].long()], grad, None)
         return ops.sparse_linear_input(row_start, column, value, list(transposed), grad, in_features)
 
     @staticmethod
@@ -127,7 +138,8 @@ def linear(weight: SparseWeight, x: Tensor, bias: Tensor | None = None, *, trans
         weight: the alive entries.
         x: [..., in], of the dtype of ``weight.value``.
         bias: [out] or None.
-        transposed: what ``zipfast.ops.sparse_linear.transpose_layout`` returns; gradients by ``x`` on a GPU need it.
+        transposed: what ``zipfast.ops.sparse_linear.transpose_layout`` returns; gradients by ``x`` need it on a GPU, and
+            where columns do not ascend.
 
     Raises:
         TypeError, ValueError, RuntimeError: as the operator ``sparse_linear``.
@@ -145,6 +157,8 @@ class SparseLinear(nn.Module):
 
     ``value`` [alive] and ``bias`` are parameters, ``row_start`` and ``column`` buffers; all four make the state dict, and
     one with another mask of the same layer may be loaded (``value`` is then a new parameter: make optimizers after it).
+    ``column`` says where each entry of ``value`` belongs; within a row they may be in any order, and ``for_gpu_`` puts them
+    in the one that GPUs multiply fastest.  No copy of the weights is kept that could differ from them.
 
     Example:
         >>> import torch
@@ -173,9 +187,22 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, packed_mask: Tensor) -> SparseLinear:
-        """The same layer without its dead weights; parameters are copies."""
+        """The same layer without its dead weights; parameters are copies, on a GPU as ``for_gpu_`` orders them."""
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(SparseWeight.from_dense(linear.weight, packed_mask), bias).train(linear.training)
+        weight = SparseWeight.from_dense(linear.weight, packed_mask)
+        return cls(weight.for_gpu() if on_gpu(linear.weight) else weight, bias).train(linear.training)
+
+    def for_gpu_(self) -> SparseLinear:
+        """Order the entries of each row as GPUs multiply them fastest, for a layer made elsewhere; returns the layer.
+
+        ``value`` keeps its place and changes its order: make optimizers after it.
+        """
+        with torch.no_grad():
+            weight = self.weight.for_gpu()
+            self.value.copy_(weight.value)
+            self.column.copy_(weight.column)
+        self._transpose()
+        return self
 
     def to_linear(self) -> nn.Linear:
         """A dense layer; dead weights are +0."""
@@ -202,14 +229,21 @@ class SparseLinear(nn.Module):
             f"bias={self.bias is not None}"
         )
 
-    # Only GPUs gather the gradient by the input from a transposed layout: there it is kept beside, out of the state dict.
+    # GPUs, and C++ where columns do not ascend, compute the gradient by the input from a transposed layout: it is kept
+    # beside, out of the state dict.
 
     def _transpose(self) -> None:
         parts: Sequence[Tensor | None] = (None, None, None)
-        if self.row_start.is_cuda:
+        if self._needs_transposed():
             parts = transpose_layout(self.row_start, self.column, self.in_features)
         for name, t in zip(("t_row_start", "t_column", "t_order"), parts, strict=True):
             self.register_buffer(name, t, persistent=False)
+
+    def _needs_transposed(self) -> bool:
+        if self.row_start.is_meta or on_gpu(self.row_start):
+            return not self.row_start.is_meta
+        place = rows_of(self.row_start, self.column) * self.in_features + columns_of(self.column)
+        return bool((place.diff() <= 0).any())
 
     def _transposed(self) -> tuple[Tensor, ...]:
         if self.t_row_start is None or self.t_column is None or self.t_order is None:
@@ -218,7 +252,7 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
-        if self.row_start.is_cuda != (self.t_row_start is not None):
+        if self._needs_transposed() != (self.t_row_start is not None):
             self._transpose()
         return self
 
