@@ -43,10 +43,10 @@ ZF_HD inline double raw_correlation(double comoment, double share, double mean_i
   return (comoment * share - mean_i * mean_j) * inverse_i * inverse_j;
 }
 
-// Never -0.
+// What is not finite becomes NaN; never -0.  Without branches: loops over this are vectors.
 ZF_HD inline double correlation(double raw) {
-  const double inside = raw < -1 ? -1 : raw > 1 ? 1 : raw;
-  return is_finite(raw) ? inside + 0. : NAN;
+  const double above = raw < -1 ? -1 : raw;
+  return (above > 1 ? 1 : above) + (raw - raw);
 }
 
 // Of two features that are not alive: the same constant?

@@ -38,9 +38,10 @@ ZF_INLINE int64_t correlate_tile(const Space& s, int64_t row, int64_t column) {
     int64_t wrong = 0;
 #pragma omp simd reduction(| : wrong)
     for (int64_t j = first; j < last_column; ++j) {
-      const double raw = rule::raw_correlation(given[j], share, mean_i, mean[j], inverse_i, inverse[j]);
-      own[j] = scalar_t(rule::correlation(raw));
-      wrong |= rule::is_finite(raw) ? 0 : 1;
+      const double x =
+          rule::correlation(rule::raw_correlation(given[j], share, mean_i, mean[j], inverse_i, inverse[j]));
+      own[j] = scalar_t(x);
+      wrong |= int64_t(x != x);
     }
     if (wrong && bad == rule::kAllFinite)
       bad = i * n + (std::find_if(own + first, own + last_column, [](scalar_t x) { return !(x == x); }) - own);

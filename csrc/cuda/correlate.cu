@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(kCorrelateThreads, 3)
     ZF_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int j = h ? right : left;
-      const double raw = rule::raw_correlation(given[h][r], s.share, mean_i, mean_j[h], inverse_i, inverse_j[h]);
-      double x = rule::correlation(raw);
-      if (!rule::is_finite(raw)) {
+      double x =
+          rule::correlation(rule::raw_correlation(given[h][r], s.share, mean_i, mean_j[h], inverse_i, inverse_j[h]));
+      if (!(x == x)) {
         if (row + i < column + j) bad = min(bad, i * kTile + j);
       } else if (pairing && inverse_i == 0 && inverse_j[h] == 0 && rule::same_constant(value[i], value[kTile + j])) {
         x = 1;

@@ -42,7 +42,11 @@ def correlate_samples(device: str, grad: bool) -> Iterator[tuple]:
     def sums(features: int) -> tuple:
         x = torch.randn(features, 9, device=device, dtype=torch.float64)
         x[1:3] = 4.0
-        return (x @ x.T).requires_grad_(grad), x.sum(1).requires_grad_(grad), torch.zeros(features, device=device).double()
+        return (
+            (x @ x.T).requires_grad_(grad),
+            x.sum(1).requires_grad_(grad),
+            torch.zeros(features, device=device).double(),
+        )
 
     (a, total_a, shift_a), (b, total_b, shift_b) = sums(5), sums(68)
     yield [a, b], [total_a, total_b], [shift_a, shift_b], [9, 9], False, True

@@ -121,7 +121,7 @@ def correlate(
         mean, value, variance, alive = spread(square.diagonal(), own_total, own_shift, n)
         inverse = torch.where(alive, variance, 1.0).sqrt().reciprocal() * alive
         raw = (square.triu(1) * (1.0 / n) - mean[:, None] * mean) * inverse[:, None] * inverse
-        upper = torch.where(raw.isfinite(), raw.clamp(-1, 1) + 0.0, torch.nan)  # + 0.0: no zero has a sign
+        upper = raw.clamp(-1, 1) + (raw - raw)  # NaN where it is not finite, and no zero with a sign
         if pair_dead:
             size = torch.maximum(value.abs()[:, None], value.abs())
             equal = (value[:, None] - value).abs() <= RELATIVE_FLOOR * size
