@@ -35,6 +35,9 @@ ZF_INLINE int64_t correlate_tile(const Space& s, int64_t row, int64_t column) {
     const double *given = s.comoment + i * n, *mean = s.mean, *inverse = s.inverse;
     const double share = s.share, mean_i = mean[i], inverse_i = inverse[i];
     scalar_t* own = part + (i - row) * kTile - column;
+    // Runs of 512 bytes are too short for the processor to see them coming: ask for the tile to the right.
+    for (int64_t ahead = column + kTile; ahead < column + 2 * kTile; ahead += 8)
+      __builtin_prefetch(given + ahead, 0, 2);
     int64_t wrong = 0;
 #pragma omp simd reduction(| : wrong)
     for (int64_t j = first; j < last_column; ++j) {
@@ -53,6 +56,8 @@ ZF_INLINE int64_t correlate_tile(const Space& s, int64_t row, int64_t column) {
   for (int64_t j = column; j < last_column; ++j) {
     const scalar_t* own = part + (j - column);
     scalar_t* turned = out + j * n;
+    if (j + 4 < last_column)
+      for (int64_t ahead = 0; ahead < kTile; ahead += 16) __builtin_prefetch(turned + 4 * n + row + ahead, 1, 2);
     for (int64_t i = row, last = std::min(last_row, j); i < last; ++i) turned[i] = own[(i - row) * kTile];
   }
   return bad;
