@@ -34,6 +34,7 @@ SANITIZER_FOUND = 9  # --error-exitcode: tells a finding of the tool from a tool
 OK = "ok"
 BENCHES = (  # seconds
     ("moments", 120),
+    ("correlate", 30),
     ("zip_match", 60),
     ("regroup", 30),
     ("evidence", 45),
@@ -163,6 +164,13 @@ def touch() -> None:
         wanted = by_reference(partial(moments, x, "cpu"))()
         for ours, theirs in zip(moments(x, "cuda"), wanted):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+    rows = [torch.randn(n, 50, generator=generator).double().index_fill_(0, torch.tensor([1]), 3.0) for n in (132, 67)]
+    sums = [[x @ x.T for x in rows], [x.sum(1) for x in rows], [torch.zeros(len(x)).double() for x in rows]]
+    wanted = by_reference(partial(zipfast.ops.correlate, *sums, [50, 50], False, True))()
+    ours = zipfast.ops.correlate(*([t.cuda() for t in part] for part in sums), [50, 50], False, True)
+    for a, b in zip((*ours[0], ours[1]), (*wanted[0], wanted[1]), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=2e-7)
 
     sim = torch.corrcoef(torch.randn(66, 200, generator=generator))
     sim = torch.triu(sim) + torch.triu(sim, 1).T

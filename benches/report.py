@@ -15,7 +15,7 @@ from typing import Any
 from harness import ROOT, results_folder, validate
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-ORDER = ["moments", "zip_match", "regroup", "evidence", "blend", "multidot", "gram", "threshold"]
+ORDER = ["moments", "correlate", "zip_match", "regroup", "evidence", "blend", "multidot", "gram", "threshold"]
 HEAD = """\
 # Benchmarks
 

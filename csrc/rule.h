@@ -7,6 +7,63 @@
 
 namespace zipfast::rule {
 
+// --- correlate
+// ------------------------------------------------------------------------------------------------------ Correlations
+// from sums over samples of x - shift (Stoica et al. 2024, section 4.1).  `share` is 1 / samples; nothing may be
+// contracted, so that all backends have the same bits.
+constexpr double kRelativeFloor = 3.814697265625e-06;  // 2^-18: a deviation below this part of the mean is rounding
+constexpr double kAbsoluteFloor = 1e-30;
+constexpr int64_t kAllFinite = INT64_MAX;
+// What is noted per space; the columns of `status`.
+enum CorrelateStatus { kFeatureAt, kAliveCount, kPairAt, kCorrelateFields };
+
+struct Spread {
+  double mean;     // of x - shift
+  double value;    // mean of x
+  double inverse;  // 1 / standard deviation; 0: not alive
+  bool finite;     // the variance
+};
+
+ZF_HD inline bool is_finite(double x) { return x - x == 0; }
+
+// From sums of squares and of values.
+ZF_HD inline Spread spread(double square, double total, double shift, double share) {
+  Spread s;
+  s.mean = total * share, s.value = shift + s.mean;
+  const double variance = square * share - s.mean * s.mean;
+  const double a = fabs(s.value), b = fabs(shift), limit = kRelativeFloor * (a < b ? b : a);
+  s.finite = is_finite(variance);
+  s.inverse = s.finite && variance > limit * limit + kAbsoluteFloor ? 1 / sqrt(variance) : 0;
+  return s;
+}
+
+// Not yet clamped: tells by being infinite or NaN what overflowed.
+ZF_HD inline double raw_correlation(double comoment, double share, double mean_i, double mean_j, double inverse_i,
+                                    double inverse_j) {
+  return (comoment * share - mean_i * mean_j) * inverse_i * inverse_j;
+}
+
+// What is not finite becomes NaN; never -0.  Without branches: loops over this are vectors.
+ZF_HD inline double correlation(double raw) {
+  const double above = raw < -1 ? -1 : raw;
+  return (above > 1 ? 1 : above) + (raw - raw);
+}
+
+// Of two features that are not alive: the same constant?
+ZF_HD inline bool same_constant(double a, double b) {
+  const double x = fabs(a), y = fabs(b);
+  return fabs(a - b) <= kRelativeFloor * (x < y ? y : x);
+}
+
+// Tiles of the upper triangle of a matrix `side` tiles wide, in an order that needs no root: a row and the one as far
+// from the other end have side + 1 tiles together.
+ZF_HD inline int64_t triangle_tiles(int64_t side) { return side * (side + 1) / 2; }
+ZF_HD inline void triangle_tile(int side, int tile, int* row, int* column) {
+  const int fold = tile / (side + 1), at = tile - fold * (side + 1), first = side - fold;
+  *row = at < first ? fold : first - 1;
+  *column = *row + (at < first ? at : at - first);
+}
+
 // --- zip_match
 // -------------------------------------------------------------------------------------------------------- The models
 // of a group are the low 31 bits of an int; the top bit says that the slot left the pool (its group was merged into

@@ -243,6 +243,33 @@ ZF_HD inline int moments_space_of(const MomentsJob& job, int block) {
 }
 cudaError_t moments(DType dtype, MomentsPath path, const MomentsJob& job, cudaStream_t stream);
 
+// --- correlate
+// ------------------------------------------------------------------------------------------------------
+constexpr int kCorrelateSpaces = 48, kCorrelateTile = 64, kCorrelateThreads = 256;
+
+struct CorrelateSpace {
+  const double* comoment;  // [n, n]
+  const double* total;     // [n]
+  const double* shift;     // [n]
+  void* out;               // [n, n]
+  long long* status;       // [kCorrelateFields]
+  double share;            // 1 / samples
+  int n;
+  int block;     // first of its tiles
+  bool aligned;  // 16-byte accesses are allowed
+};
+struct CorrelateJob {
+  CorrelateSpace space[kCorrelateSpaces];
+  int spaces, blocks;
+  bool pair_dead;
+};
+struct CorrelateBegin {
+  long long* status;  // [spaces, kCorrelateFields]
+  long long spaces;
+};
+cudaError_t correlate_begin(const CorrelateBegin& job, cudaStream_t stream);
+cudaError_t correlate(DType dtype, const CorrelateJob& job, cudaStream_t stream);
+
 // --- regroup
 // ----------------------------------------------------------------------------------------------------------
 constexpr int kRegroupPointers = 64;

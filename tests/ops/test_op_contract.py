@@ -38,6 +38,22 @@ def moments_samples(device: str, grad: bool) -> Iterator[tuple]:
     yield *accumulators(3, models=1, device=device), [z], [shift[0][:3].clone()], [2], [0]
 
 
+def correlate_samples(device: str, grad: bool) -> Iterator[tuple]:
+    def sums(features: int) -> tuple:
+        x = torch.randn(features, 9, device=device, dtype=torch.float64)
+        x[1:3] = 4.0
+        return (
+            (x @ x.T).requires_grad_(grad),
+            x.sum(1).requires_grad_(grad),
+            torch.zeros(features, device=device).double(),
+        )
+
+    (a, total_a, shift_a), (b, total_b, shift_b) = sums(5), sums(68)
+    yield [a, b], [total_a, total_b], [shift_a, shift_b], [9, 9], False, True
+    yield [a.T], [total_a], [shift_a], [9], True, False
+    yield [a[:0, :0]], [total_a[:0]], [shift_a[:0]], [1], False, False
+
+
 def zip_match_samples(device: str, grad: bool) -> Iterator[tuple]:
     a = torch.corrcoef(torch.randn(8, 20, device=device))
     a = (torch.triu(a, 1) + torch.triu(a, 1).T).requires_grad_(grad)
@@ -181,6 +197,7 @@ def sparse_linear_weight_samples(device: str, grad: bool) -> Iterator[tuple]:
 
 SAMPLES: dict[str, Callable[[str, bool], Iterator[tuple]]] = {
     "moments_": moments_samples,
+    "correlate": correlate_samples,
     "zip_match": zip_match_samples,
     "regroup": regroup_samples,
     "evidence": evidence_samples,
@@ -256,7 +273,7 @@ def test_compiles_without_graph_break(name: str, device: str) -> None:
 
 
 FLAT = ["moments_", "regroup", "blend_", "multidot", "gram", "threshold", "apply_mask_", "masked_step_", "mlp_steps_"]
-FLAT += ["sparse_linear", "sparse_linear_weight"]
+FLAT += ["sparse_linear", "sparse_linear_weight", "correlate"]
 
 
 @pytest.mark.parametrize("name", FLAT)

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.correlate import ALIVE, FEATURE, FINE, PAIR, correlate, spread
 from ..ops.moments import NO_BAD_VALUE, moments_
 
 FORMAT = "zipfast.moments/1"
-PANEL = 256  # rows of a correlation matrix that are formed at a time
 SHIFT_SAMPLES = 16384  # of the first batch, to choose the shift by
-RELATIVE_FLOOR = 2.0**-18  # a standard deviation below this part of the mean is rounding, not signal
 
 
 @dataclass
@@ -196,10 +195,7 @@ class Moments:
     def alive(self) -> Tensor:
         """Which features vary, bool [F]: their variance is above rounding level, (2^-18 · mean)² + 1e-30."""
         sums = self._require(2)
-        mean = sums.total / self.count
-        variance = (sums.comoment.diagonal() / self.count - mean * mean).clamp(min=0)
-        scale = torch.maximum((sums.shift + mean).abs(), sums.shift.abs())
-        return variance > (RELATIVE_FLOOR * scale) ** 2 + 1e-30
+        return spread(sums.comoment.diagonal(), sums.total, sums.shift, self.count).alive
 
     def correlation(self, *, dtype: torch.dtype = torch.float32, pair_dead: bool = False) -> Tensor:
         """Pearson correlation [F, F], symmetric to the bit, in [-1, 1].
@@ -216,40 +212,7 @@ class Moments:
             ValueError: fewer than two samples; a feature that is not finite (model, sample and feature are named);
                 every feature dead.
         """
-        sums = self._require(2)
-        large = ValueError(f"Moments: the features of space '{self.name}' are too large for their squares to be summed")
-        if not bool(torch.isfinite(sums.comoment.diagonal()).all()):
-            raise large
-        alive = self.alive()
-        if not bool(alive.any()):
-            raise ValueError(
-                f"Moments: at least one feature of space '{self.name}' must vary, got {self.features} dead or constant "
-                "ones; check the data and that the models are trained"
-            )
-        mean = sums.total / self.count
-        variance = (sums.comoment.diagonal() / self.count - mean * mean).clamp(min=0)
-        inverse = torch.where(alive, variance, 1.0).rsqrt() * alive
-        result = torch.empty(self.features, self.features, dtype=dtype, device=mean.device)
-        finite = torch.ones((), dtype=torch.bool, device=mean.device)
-        for start in range(0, self.features, PANEL):  # a panel of rows at a time: no further matrix of this size
-            rows = slice(start, start + PANEL)
-            part = torch.addr(sums.comoment[rows, start:] / self.count, mean[rows], mean[start:], alpha=-1)
-            part.mul_(inverse[rows, None]).mul_(inverse[start:]).clamp_(-1, 1)
-            square = part[:, : part.shape[0]]  # on the diagonal: what lies below it is not defined
-            finite &= torch.isfinite(part[:, part.shape[0] :]).all() & torch.isfinite(square.triu()).all()
-            square.copy_(square.triu(1) + square.triu(1).T)
-            square.diagonal().copy_(torch.where(alive[rows], 1.0, 0.0))
-            result[rows, start:] = part
-            result[start + PANEL :, rows] = result[rows, start + PANEL :].T
-        if not bool(finite):
-            raise large
-        if pair_dead and not bool(alive.all()):
-            dead = (~alive).nonzero()[:, 0]
-            value = self.mean()[dead]
-            size = torch.maximum(value.abs()[:, None], value.abs()[None, :])
-            equal = (value[:, None] - value[None, :]).abs() <= RELATIVE_FLOOR * size
-            result[dead[:, None], dead[None, :]] = equal.to(dtype).fill_diagonal_(0)
-        return result
+        return correlate_all([self], dtype=dtype, pair_dead=pair_dead)[0]
 
     def check_finite(self) -> None:
         """Read the status the kernels left; one host synchronisation.
@@ -257,9 +220,11 @@ class Moments:
         Raises:
             ValueError: a feature is NaN or infinite; names space, model, sample and feature.
         """
-        if self._sums is None:
-            return
-        for model, place in enumerate(self._sums.bad.tolist()):
+        if self._sums is not None:
+            self._refuse(self._sums.bad.tolist())
+
+    def _refuse(self, bad: Sequence[int]) -> None:
+        for model, place in enumerate(bad):
             if place != NO_BAD_VALUE:
                 sample, feature = divmod(place, self.features // self.models)
                 raise ValueError(
@@ -283,13 +248,48 @@ class Moments:
         return moments
 
     def _require(self, samples: int) -> _Sums:
+        sums = self._seen(samples)
+        self.check_finite()
+        return sums
+
+    def _seen(self, samples: int) -> _Sums:
         if self._sums is None or self.count < samples:
             raise ValueError(
                 f"Moments: space '{self.name}' must have seen at least {samples} sample{'s' if samples > 1 else ''}, "
                 f"got {self.count}"
             )
-        self.check_finite()
         return self._sums
+
+
+def correlate_all(
+    moments: Sequence[Moments], *, dtype: torch.dtype = torch.float32, pair_dead: bool = False
+) -> list[Tensor]:
+    """The correlations of many spaces in one call of the kernel, with one host read; see `Moments.correlation`."""
+    if not moments:
+        return []
+    sums = [m._seen(2) for m in moments]
+    found, status = correlate(
+        [s.comoment for s in sums],
+        [s.total for s in sums],
+        [s.shift for s in sums],
+        [m.count for m in moments],
+        dtype != torch.float32,
+        pair_dead,
+    )
+    notes = torch.cat([status.reshape(-1), *(s.bad for s in sums)]).tolist()
+    at = status.numel()
+    for i, m in enumerate(moments):
+        m._refuse(notes[at : at + m.models])
+        at += m.models
+        note = notes[3 * i : 3 * i + 3]
+        if note[FEATURE] != FINE or (note[ALIVE] and note[PAIR] != FINE):
+            raise ValueError(f"Moments: the features of space '{m.name}' are too large for their squares to be summed")
+        if not note[ALIVE]:
+            raise ValueError(
+                f"Moments: at least one feature of space '{m.name}' must vary, got {m.features} dead or constant "
+                "ones; check the data and that the models are trained"
+            )
+    return [t.to(dtype) for t in found]
 
 
 def update_all(moments: Sequence[Moments], features: Sequence[Sequence[Tensor]], axes: Sequence[int]) -> None:

@@ -30,12 +30,12 @@ from torch.fx import Node
 
 from .. import distributed
 from ..features import batch_inputs, device_of
+from ..ops.correlate import RELATIVE_FLOOR
 from .apply import axis_targets, check_weights, entry_of
 from .common import Common
 from .flow import op_name
 from .graph import Graph
 from .match import Groups
-from .moments import RELATIVE_FLOOR
 from .partial import MultiHead
 from .taps import Tapped, _Keeper, _up_to_last
 

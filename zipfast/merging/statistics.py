@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import checkpoint, distributed
 from ..features import batch_inputs, device_of
 from .graph import Graph
-from .moments import Moments, update_all
+from .moments import Moments, correlate_all, update_all
 from .plan import Plan, Space
 from .taps import Tapped, features
 
@@ -134,7 +134,9 @@ class SpaceMoments(Mapping[str, "tuple[Moments, ...]"]):
 
     def correlations(self, *, pair_dead: bool = False) -> dict[str, Tensor]:
         """By space name; see `correlation`."""
-        return {name: self.correlation(name, pair_dead=pair_dead) for name in self}
+        single = [name for name, own in self._moments.items() if len(own) == 1]
+        found = dict(zip(single, correlate_all([self[name][0] for name in single], pair_dead=pair_dead)))
+        return {name: found[name] if name in found else self.correlation(name, pair_dead=pair_dead) for name in self}
 
     def all_reduce(self) -> SpaceMoments:
         """The statistics of all workers of the default process group, in place; every worker must call it.

@@ -4,6 +4,7 @@
 from ._registry import OPS, available, backend, why_not
 from .apply_mask import apply_mask_
 from .blend import blend_
+from .correlate import correlate
 from .evidence import evidence
 from .gram import gram
 from .masked_step import masked_step_
@@ -21,6 +22,7 @@ __all__ = [
     "available",
     "backend",
     "blend_",
+    "correlate",
     "evidence",
     "gram",
     "masked_step_",
