@@ -138,11 +138,12 @@ __global__ void __launch_bounds__(kCorrelateThreads, 3)
     atomicMin(s.status + rule::kPairAt, (long long)(row + bad / kTile) * n + column + bad % kTile);
 
   scalar_t* out = static_cast<scalar_t*>(s.out);
-  const bool whole = aligned && !diagonal;  // else element by element, as not all of a tile may be written
+  // Else element by element.  Beside the diagonal all rows of a tile are there, as there are columns beyond them.
+  const bool whole = aligned && !diagonal;
   if (whole) {
     ZF_UNROLL
     for (int r = 0; r < kRows; ++r)
-      if (row + own + r < n && column + left < n)
+      if (column + left < n)
         *reinterpret_cast<Two<scalar_t>*>(out + (long long)(row + own + r) * n + column + left) =
             Two<scalar_t>{found[0][r], found[1][r]};
   }
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kCorrelateThreads, 3)
     ZF_UNROLL
     for (int at = 0; at < kTile * kUnits / kCorrelateThreads; ++at) {
       const int e = at * kCorrelateThreads + thread, j = e / kUnits, i = e % kUnits * kSize;
-      if (column + j < n && row + i < n)  // n is a multiple of kSize: so are what is left of the rows
+      if (column + j < n)
         *reinterpret_cast<Unit<scalar_t>*>(out + (long long)(column + j) * n + row + i) =
             *reinterpret_cast<const Unit<scalar_t>*>(turned + turned_place<scalar_t>(j, i));
     }

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from zipfast import Moments
 from zipfast.merging import update_all
-from zipfast.merging.moments import _as_stored
+from zipfast.merging.moments import _as_stored, correlate_all
 
 
 def two_pass(*features, axis=1):
@@ -261,6 +261,21 @@ def test_update_all_equals_one_by_one():
     update_all(together, [[x + 1, x], [y, y]], [1, -1 if y.dim() == 2 else 1])
     equal_state(together[0], Moments(2, name="x").update(x, -x).update(x + 1, x))
     equal_state(together[1], Moments(2, name="y").update(y, y + 1).update(y, y))
+
+
+def test_correlate_all_equals_one_by_one():
+    x = batch(50, 5)
+    x[:, 1:3] = 2.0
+    spaces = [Moments(1, name="a").update(x), Moments(2, name="b").update(x, batch(50, 5, seed=1))]
+    assert correlate_all([]) == []
+    for options in ({}, {"dtype": torch.float64}, {"dtype": torch.float16}, {"pair_dead": True}):
+        for together, alone in zip(correlate_all(spaces, **options), spaces):
+            assert together.dtype == options.get("dtype", torch.float32)
+            assert torch.equal(together, alone.correlation(**options))
+    with pytest.raises(ValueError, match="at least one feature of space 'second' must vary, got 3 dead"):
+        correlate_all([*spaces, Moments(1, name="second").update(torch.ones(4, 3)), *spaces])
+    with pytest.raises(ValueError, match="'third' must have seen at least 2 samples, got 0"):
+        correlate_all([*spaces, Moments(1, name="third")])
 
 
 def test_inputs_are_unchanged_and_gradients_are_not_tracked():
