@@ -27,7 +27,7 @@ __device__ inline void collect_span(const ThresholdJob& job, const ThresholdTens
   const key_t low = key_t(low_), high = key_t(high_);
   rest_t* list = reinterpret_cast<rest_t*>(job.key + span * kList * job.width);
   uint16_t* place = job.place + span * kList;
-  uint8_t* kept = reinterpret_cast<uint8_t*>(t.kept);
+  uint8_t* kept = in_global(reinterpret_cast<uint8_t*>(t.kept));
   unsigned count = 0, above_count = 0, alive_count = 0;
   bool nan = false;
   each_eight<scalar_t, kFlight>(t, begin, end, [&](long long at, unsigned alive, const key_t* key) {
@@ -193,7 +193,7 @@ __device__ inline unsigned span_ties(const Place& p, long long threshold) {
 // `skip`: how many of those that equal the threshold go.
 template <class scalar_t>
 __device__ inline void write_span(const Place& p, long long threshold, unsigned skip) {
-  uint8_t* kept = reinterpret_cast<uint8_t*>(p.tensor->kept);
+  uint8_t* kept = in_global(reinterpret_cast<uint8_t*>(p.tensor->kept));
   each_eight<scalar_t, 1>(*p.tensor, p.begin, p.end, [&](long long at, unsigned alive, const auto* key) {
     unsigned above = 0, equal = 0;
     ZF_UNROLL
@@ -213,7 +213,7 @@ __device__ inline void patch_span(const ThresholdJob& job, int span, unsigned n,
                                   unsigned skip, unsigned* word) {
   if (n == 0) return;
   const Place p = place_of(job, span);
-  uint32_t* kept = p.tensor->kept + p.begin / 32;
+  uint32_t* kept = in_global(p.tensor->kept) + p.begin / 32;
   const int words = int((p.end - p.begin + 31) / 32);
   unsigned place[kList / 32];
   ZF_UNROLL
@@ -438,7 +438,7 @@ __global__ void __launch_bounds__(kThresholdThreads, 4)
   }
   if (start + kThresholdPiece >= t.size)  // what follows the last element is 0
     for (long long at = (t.size + 7) / 8 + threadIdx.x; at < (t.size + 511) / 512 * 64; at += kThresholdThreads)
-      reinterpret_cast<uint8_t*>(t.kept)[at] = 0;
+      in_global(reinterpret_cast<uint8_t*>(t.kept))[at] = 0;
   __syncthreads();
   if (threadIdx.x == 0) {
     ThresholdTotal& all = job.total[t.group];

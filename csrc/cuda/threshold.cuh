@@ -22,6 +22,15 @@ static_assert(kList % 32 == 0 && kThresholdWide <= 1024);
 __device__ inline unsigned lane_id() { return threadIdx.x % 32; }
 __device__ inline unsigned earlier_lanes() { return (1u << lane_id()) - 1; }
 
+// Pointers that come out of memory could lead anywhere: with this the compiler takes the shorter way to global memory.
+template <class T>
+__device__ inline T* in_global(T* p) {
+#ifndef ZF_EMU
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // Valid in every lane, of what the lanes before it have; all lanes call it.
 struct Before {
   unsigned own, total;
@@ -109,13 +118,13 @@ template <class T>
 using Pointee = std::remove_pointer_t<T>;
 
 __device__ inline bool alive_at(const ThresholdTensor& t, long long at) {
-  return !t.mask || (t.mask[at >> 3] >> (at & 7) & 1);
+  return !t.mask || (in_global(t.mask)[at >> 3] >> (at & 7) & 1);
 }
 
 template <class scalar_t>
 __device__ inline typename rule::Magnitude<scalar_t>::key_t key_at(const ThresholdTensor& t, long long at) {
   using key_t = typename rule::Magnitude<scalar_t>::key_t;
-  return rule::magnitude_key<scalar_t>(static_cast<const key_t*>(t.data)[at]);
+  return rule::magnitude_key<scalar_t>(in_global(static_cast<const key_t*>(t.data))[at]);
 }
 
 // Calls f(first of eight elements, their survivors, their keys) in every lane, for all elements of a span in order; a
@@ -124,14 +133,15 @@ template <class scalar_t, int kFlight, class F>
 __device__ inline void each_eight(const ThresholdTensor& t, long long begin, long long end, F&& f) {
   using key_t = typename rule::Magnitude<scalar_t>::key_t;
   constexpr int kPack = 16 / sizeof(key_t), kPacks = kMaskByte / kPack;
-  const key_t* data = static_cast<const key_t*>(t.data);
+  const key_t* data = in_global(static_cast<const key_t*>(t.data));
+  const uint8_t* mask = in_global(t.mask);
   for (long long from = begin; from < end; from += kFlight * kStep) {
     Pack<key_t> pack[kFlight][kPacks];
     unsigned alive[kFlight];
     const long long own = from + lane_id() * kMaskByte;
     if (t.aligned && from + kFlight * kStep <= end) {
       ZF_UNROLL
-      for (int u = 0; u < kFlight; ++u) alive[u] = mask_byte(t.mask, own + u * kStep);
+      for (int u = 0; u < kFlight; ++u) alive[u] = mask_byte(mask, own + u * kStep);
       ZF_UNROLL
       for (int u = 0; u < kFlight; ++u) {
         const auto* from_here = reinterpret_cast<const Pack<key_t>*>(data + own + u * kStep);
@@ -145,7 +155,7 @@ __device__ inline void each_eight(const ThresholdTensor& t, long long begin, lon
       ZF_UNROLL
       for (int u = 0; u < kFlight; ++u) {
         const long long at = own + u * kStep, left = end - at;
-        alive[u] = left <= 0 ? 0 : mask_byte(t.mask, at) & (left < kMaskByte ? (1u << left) - 1 : 0xffu);
+        alive[u] = left <= 0 ? 0 : mask_byte(mask, at) & (left < kMaskByte ? (1u << left) - 1 : 0xffu);
         ZF_UNROLL
         for (int e = 0; e < kMaskByte; ++e)
           pack[u][e / kPack].value[e % kPack] = alive[u] >> e & 1 ? data[at + e] : key_t(0);
