@@ -195,7 +195,7 @@ __device__ inline void bracket_group(const ThresholdJob& job, int g) {
   __shared__ unsigned bin[2][kBins];
   __shared__ long long scratch[kWideWarps];
   __shared__ int found[2], rest[2];
-  constexpr int kOwn = kBins / kThresholdWide;
+  constexpr int kOwn = kBins / kThresholdWide, kBatch = kThresholdSamples < 8 ? kThresholdSamples : 8;
   ThresholdGroup& group = job.state[g];
   for (int b = threadIdx.x; b < kBins; b += kThresholdWide) job.bin[(long long)g * kBins + b] = 0;
   if (threadIdx.x == 0) job.total[g] = ThresholdTotal{};
@@ -225,16 +225,33 @@ __device__ inline void bracket_group(const ThresholdJob& job, int g) {
     }
   }
   each_dtype(table[0].dtype, [&](auto* type) {
+    using M = rule::Magnitude<Pointee<decltype(type)>>;
+    using raw_t = std::conditional_t<sizeof(typename M::key_t) == 8, int32_t, typename M::key_t>;
+    constexpr int kWords = sizeof(typename M::key_t) / sizeof(raw_t), kCut = kWords == 2 ? 32 : 0;
+    // All loads of a batch are on their way before the first is looked at.
     ZF_UNROLL
-    for (int i = 0; i < kThresholdSamples; ++i) {
-      key[i] = kAll;
-      if (first + i >= wanted || k == 0) continue;
-      const long long at = sample_at(size, first + i);
-      while (row + 1 < rows && table[row + 1].before <= at) ++row;
-      const ThresholdTensor& t = table[row];
-      if (!alive_at(t, at - t.before)) continue;
-      key[i] = unsigned((long long)key_at<Pointee<decltype(type)>>(t, at - t.before) >> cut);
-      ++own;
+    for (int batch = 0; batch < kThresholdSamples; batch += kBatch) {
+      raw_t raw[kBatch];
+      uint8_t byte[kBatch];
+      unsigned bits = 0;
+      ZF_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        raw[i] = 0, byte[i] = 0;
+        if (first + batch + i >= wanted || k == 0) continue;
+        long long at = sample_at(size, first + batch + i);
+        while (row + 1 < rows && table[row + 1].before <= at) ++row;
+        at -= table[row].before;
+        raw[i] = in_global(static_cast<const raw_t*>(table[row].data))[at * kWords + kWords - 1];
+        byte[i] = uint8_t(mask_byte(in_global(table[row].mask), at));
+        bits |= unsigned(at & 7) << 3 * i;
+      }
+      ZF_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        const bool has = byte[i] >> (bits >> 3 * i & 7) & 1;
+        const raw_t top = raw_t(raw[i] & raw_t(M::kSign >> kCut)), nan = raw_t(M::kNan >> kCut);
+        key[batch + i] = has ? unsigned(top < nan ? top : nan) : kAll;
+        own += has;
+      }
     }
   });
   long long total;
