@@ -170,13 +170,14 @@ __device__ inline void count_digit(const Digit& d, bool has, rest_t rest, unsign
   if (has && rest >> d.top == rest_t(d.prefix))
     atomicAdd(bin + (rest >> d.shift & ((rest_t(1) << (d.top - d.shift)) - 1)), 1u);
 }
+// Keys above the bracket may be counted with those inside: the digit is looked for from below.  Those below it are
+// negative here, and begin with no prefix.
 template <class scalar_t>
 __device__ inline void count_span(const Place& p, const ThresholdGroup& group, const Digit& d, unsigned* bin) {
-  const long long low = group.low, high = group.high;
+  const long long low = group.low;
   each_eight<scalar_t, 1>(*p.tensor, p.begin, p.end, [&](long long, unsigned alive, const auto* key) {
     ZF_UNROLL
-    for (int e = 0; e < kMaskByte; ++e)
-      count_digit(d, (alive >> e & 1) && key[e] >= low && key[e] < high, uint64_t(key[e] - low), bin);
+    for (int e = 0; e < kMaskByte; ++e) count_digit(d, alive >> e & 1, uint64_t(key[e] - low), bin);
   });
 }
 
@@ -231,9 +232,8 @@ __device__ inline void patch_span(const ThresholdJob& job, int span, unsigned n,
     if (late || (has && (long long)rest[c] > prefix)) atomicAdd(word + place[c] / 32, 1u << place[c] % 32);
     skip = skip > total ? skip - total : 0;
   }
-  __syncwarp();
+  __syncwarp();  // each lane takes the words that it will fill next time
   for (int w = lane_id(); w < words; w += 32) kept[w] = word[w];
-  __syncwarp();  // the words may be written again
 }
 
 struct FinishScratch {

@@ -51,17 +51,17 @@ __device__ inline T warp_total(T own) {
   return own;
 }
 // The same over the threads of a block.  `scratch` holds a number for each warp; contains two barriers.
-template <int kThreads>
-__device__ inline long long block_before(long long own, long long* scratch, long long* total) {
-  long long until = own;
+template <int kThreads, class T>
+__device__ inline T block_before(T own, T* scratch, T* total) {
+  T until = own;
   ZF_UNROLL
   for (int step = 1; step < 32; step <<= 1) {
-    const long long other = __shfl_up_sync(kFullWarp, until, step);
+    const T other = __shfl_up_sync(kFullWarp, until, step);
     if (int(lane_id()) >= step) until += other;
   }
   if (lane_id() == 31) scratch[threadIdx.x / 32] = until;
   __syncthreads();
-  long long before = until - own, all = 0;
+  T before = until - own, all = 0;
   for (unsigned w = 0; w < kThreads / 32; ++w) {
     if (w < threadIdx.x / 32) before += scratch[w];
     all += scratch[w];
@@ -193,7 +193,7 @@ __device__ inline long long sample_at(long long size, long long i) {
 // Rule 1: where low <= key of rank k < high, the bracket finds it; else digits of all do.  One block a group.
 __device__ inline void bracket_group(const ThresholdJob& job, int g) {
   __shared__ unsigned bin[2][kBins];
-  __shared__ long long scratch[kWideWarps];
+  __shared__ int scratch[kWideWarps];
   __shared__ int found[2], rest[2];
   constexpr int kOwn = kBins / kThresholdWide, kBatch = kThresholdSamples < 8 ? kThresholdSamples : 8;
   ThresholdGroup& group = job.state[g];
@@ -207,6 +207,11 @@ __device__ inline void bracket_group(const ThresholdJob& job, int g) {
   }
   const ThresholdTensor& end = table[rows - 1];
   const long long size = end.before + end.size, k = group.drop < size ? group.drop : size;
+  if (threadIdx.x == 0) {
+    group.size = size, group.dtype = table[0].dtype;
+    group.piece = table[0].first;
+    group.pieces = end.first + int((end.size + kThresholdPiece - 1) / kThresholdPiece) - group.piece;
+  }
   const Keys keys = keys_of(table[0].dtype);
   const int kept = keys.bits < 31 ? keys.bits : 31, cut = keys.bits - kept;  // of float64 the upper half will do
   const int wanted = size < kSample ? int(size) : kSample;
@@ -254,9 +259,8 @@ __device__ inline void bracket_group(const ThresholdJob& job, int g) {
       }
     }
   });
-  long long total;
-  block_before<kThresholdWide>(own, scratch, &total);
-  const int alive = int(total);
+  int alive, total;
+  block_before<kThresholdWide>(own, scratch, &alive);
 
   // The k-th of all survivors is expected where k of all elements are.
   const double share = double(k) / double(size), mean = share * wanted;
@@ -286,7 +290,7 @@ __device__ inline void bracket_group(const ThresholdJob& job, int g) {
         const unsigned* mine = bin[apart_now ? j : 0] + threadIdx.x * kOwn;
         int sum = 0;
         for (int b = 0; b < kOwn; ++b) sum += int(mine[b]);
-        int before = int(block_before<kThresholdWide>(sum, scratch, &total));
+        int before = block_before<kThresholdWide>(sum, scratch, &total);
         for (int b = 0; b < kOwn; ++b) {
           const int here = int(mine[b]);
           if (rank[j] >= before && rank[j] < before + here)
@@ -301,9 +305,6 @@ __device__ inline void bracket_group(const ThresholdJob& job, int g) {
     }
   if (threadIdx.x == 0) {
     const long long high = look[1] ? (prefix[1] + 1ll) << cut : keys.end;
-    group.size = size, group.dtype = table[0].dtype;
-    group.piece = table[0].first;
-    group.pieces = end.first + int((end.size + kThresholdPiece - 1) / kThresholdPiece) - group.piece;
     group.low = k && look[0] ? (long long)prefix[0] << cut : 0;
     group.high = k == 0 ? 0 : high < keys.end ? high : keys.end;
   }
