@@ -286,64 +286,76 @@ cudaError_t regroup(DType dtype, const RegroupJob& job, cudaStream_t stream);
 
 // --- threshold
 // --------------------------------------------------------------------------------------------------------
-constexpr int kThresholdTensors = 384, kThresholdGroups = 256;
-#ifdef ZF_EMU
-constexpr int kThresholdThreads = 64, kThresholdCopies = 1;
-constexpr long long kThresholdPiece = 256;  // small: tests are to see several pieces
+// A piece is what a block collects from, a span what one of its warps does, 256 elements at a time.  Of the keys inside
+// a group's bracket a span keeps up to kThresholdCandidates aside; one that has more is read again.
+constexpr int kThresholdTensors = 384, kThresholdGroups = 256, kThresholdCandidates = 128, kThresholdBlocks = 1024;
+#ifdef ZF_EMU  // small: tests are to see several pieces, spans with too many candidates and brackets that miss
+constexpr int kThresholdThreads = 64, kThresholdWide = 64, kThresholdFinish = 64, kThresholdSpan = 512,
+              kThresholdSamples = 4, kThresholdCopies = 1;
+constexpr double kThresholdSigmas = 1, kThresholdSlack = 2;
 #else
-constexpr int kThresholdThreads = 256, kThresholdCopies = 4;
-constexpr long long kThresholdPiece = 16384;
+constexpr int kThresholdThreads = 256, kThresholdWide = 1024, kThresholdFinish = 512, kThresholdSpan = 2048,
+              kThresholdSamples = 16, kThresholdCopies = 4;
+constexpr double kThresholdSigmas = 4, kThresholdSlack = 8;
 #endif
+constexpr int kThresholdSpans = kThresholdThreads / 32, kThresholdPiece = kThresholdSpan * kThresholdSpans;
 
-struct ThresholdTensor {
+struct ThresholdTensor {  // of those with elements, group after group
   const void* data;
   const uint8_t* mask;  // null: all alive
   uint32_t* kept;       // 16 * ceil(size / 512) words
   long long size;
-  long long first;  // of its ceil(size / kThresholdPiece) blocks in this launch
+  long long before;  // elements of its group before it
+  int first;         // of its ceil(size / kThresholdPiece) pieces
   int index, group;
-  DType dtype;
+  uint8_t dtype;
+  bool aligned;  // 16-byte accesses are allowed
 };
-struct ThresholdGroup {  // on the device
-  long long drop;
-  long long first, blocks;  // its part of `part`
-  long long survivors;
-  long long rank;    // from 1, among the keys that begin with `prefix`; at last the equal ones that go
-  long long prefix;  // of the key wanted, at last all of it; -1: nothing goes
-  long long equal;   // keys that begin with `prefix`
-  int bits;
+struct ThresholdGroup {
+  long long drop, size;
+  long long low, high;  // the bracket: survivors from `high` on stay, those below `low` go
+  long long rank;       // from 1, among the keys less `low` that begin with `prefix`; at last the equal ones that go
+  long long prefix;     // of the key wanted, less `low`; at last all of it; -1: all inside the bracket stay
+  long long equal;      // keys that begin with `prefix`
+  int tensor, tensors;  // rows of the table
+  int piece, pieces;
+  int bits;     // of the largest key less `low`
+  bool missed;  // the bracket: it is everything now, and nothing was kept aside
+  uint8_t dtype;
+};
+struct ThresholdTotal {
+  unsigned long long alive, above, inside;
+};
+struct ThresholdJob {        // everything on the device, of all launches
+  ThresholdTensor* table;    // [rows]
+  ThresholdGroup* state;     // [groups]
+  ThresholdTotal* total;     // [groups]
+  unsigned long long* bin;   // [groups, kThresholdBins]
+  unsigned char* key;        // [spans, kThresholdCandidates] of `width` bytes, less `low`
+  uint16_t* place;           // [spans, kThresholdCandidates], in the span
+  unsigned* count;           // [spans] inside the bracket, kept aside or not
+  unsigned* ties;            // [spans] that equal the threshold
+  int* row;                  // [pieces]: of the table
+  unsigned long long* last;  // [kThresholdBlocks]: ties of the last group that a block has spans of
+  unsigned* ticket;          // blocks done
+  int* passes;               // digits left to count
+  long long* status;         // [inputs + groups]
+  int rows, groups, inputs, pieces, width;
 };
 struct ThresholdBegin {
-  ThresholdGroup group[kThresholdGroups];
-  ThresholdGroup* state;    // [all groups]
-  unsigned long long* bin;  // [all groups, kThresholdBins]
-  long long* status;        // [tensors + all groups]
-  int first, groups;        // of these
-  int tensors;
-};
-struct ThresholdJob {
   ThresholdTensor tensor[kThresholdTensors];
-  ThresholdGroup* state;
-  unsigned long long* bin;
-  long long* part;    // [all blocks]: ties of each; then those in the blocks before it
-  long long* status;  // [tensors + groups]
-  long long column;   // blocks of the launches before
-  long long blocks;
-  int tensors;
+  struct {
+    long long drop;
+    int tensor, tensors;
+  } group[kThresholdGroups];
+  ThresholdJob job;
+  int row, rows;      // first and number of `tensor`
+  int first, groups;  // of `group`
 };
-struct ThresholdGroups {
-  ThresholdGroup* state;
-  unsigned long long* bin;
-  long long* part;
-  long long* survivors;  // of status
-  int groups;
-};
-cudaError_t threshold_begin(const ThresholdBegin& job, cudaStream_t stream);
-cudaError_t threshold_count(const ThresholdJob& job, int pass, cudaStream_t stream);
-cudaError_t threshold_pick(const ThresholdGroups& job, int pass, cudaStream_t stream);
-cudaError_t threshold_ties(const ThresholdJob& job, cudaStream_t stream);
-cudaError_t threshold_share(const ThresholdGroups& job, cudaStream_t stream);
-cudaError_t threshold_write(const ThresholdJob& job, cudaStream_t stream);
+cudaError_t threshold_begin(const ThresholdBegin& job, cudaStream_t stream);  // of all, in one launch or in several
+cudaError_t threshold_bracket(const ThresholdJob& job, cudaStream_t stream);  // if there were several
+cudaError_t threshold_collect(const ThresholdJob& job, cudaStream_t stream);
+cudaError_t threshold_finish(const ThresholdJob& job, cudaStream_t stream);
 
 // --- sparse_linear
 // ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Glue of threshold's CUDA kernels: tensors in the order of their groups, cut into launches by what a kernel's
-// arguments hold; every pass goes over all of them before the next one begins.
+// Glue of threshold's CUDA kernels: a table of tensors in the order of their groups, copied to the device by the
+// kernels' arguments, and one allocation for all that lies between the launches.
 #include <algorithm>
 #include <memory>
 
@@ -9,16 +9,38 @@
 namespace zipfast {
 namespace {
 
-int bits_of(DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-      return rule::Magnitude<double>::kBits;
-    case DType::f16:
-    case DType::bf16:
-      return rule::Magnitude<Half>::kBits;
-    default:
-      return rule::Magnitude<float>::kBits;
+// Parts of one allocation, each aligned to 16 bytes: measured first, then taken.
+class Parts {
+ public:
+  explicit Parts(uint8_t* base) : base_(base) {}
+  template <class T>
+  void take(T*& part, int64_t count) {
+    if (base_) part = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
   }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  int64_t used_ = 0;
+};
+
+int64_t lay_out(cuda::ThresholdJob& job, uint8_t* base) {
+  const int64_t spans = int64_t(job.pieces) * cuda::kThresholdSpans, candidates = spans * cuda::kThresholdCandidates;
+  Parts parts(base);
+  parts.take(job.table, job.rows);
+  parts.take(job.state, job.groups);
+  parts.take(job.total, job.groups);
+  parts.take(job.bin, int64_t(job.groups) * rule::kThresholdBins);
+  parts.take(job.key, candidates * job.width);
+  parts.take(job.place, candidates);
+  parts.take(job.count, spans);
+  parts.take(job.ties, spans);
+  parts.take(job.row, job.pieces);
+  parts.take(job.last, cuda::kThresholdBlocks);
+  parts.take(job.ticket, 1);
+  parts.take(job.passes, 1);
+  return parts.used();
 }
 
 std::tuple<std::vector<Tensor>, Tensor> threshold_cuda(const std::vector<Tensor>& score,
@@ -39,28 +61,24 @@ std::tuple<std::vector<Tensor>, Tensor> threshold_cuda(const std::vector<Tensor>
 
   std::vector<Tensor> keep, kept;
   for (const Tensor& t : score) kept.push_back(new_empty(t, {64 * ((t.numel() + 511) / 512)}, ScalarType::Byte));
-  std::vector<cuda::ThresholdGroup> state(groups);
-  std::vector<std::unique_ptr<cuda::ThresholdJob>> jobs;
-  int64_t blocks = 0;
-  int most = 1;
+  std::vector<cuda::ThresholdTensor> table;
+  std::vector<size_t> start{0};  // of each group, in the table
+  cuda::ThresholdJob job{};
+  job.width = sizeof(uint32_t);
+  int64_t pieces = 0;
   for (size_t g = 0, at = 0; g < groups; ++g) {
-    state[g].drop = drop[g], state[g].first = blocks, state[g].bits = rule::Magnitude<Half>::kBits;
-    const size_t begin = at;
-    for (; at < count && size_t(group[order[at]]) == g; ++at) {
+    int64_t before = 0;
+    for (const size_t begin = at; at < count && size_t(group[order[at]]) == g; ++at) {
       const size_t j = order[at];
       const DType dtype = dtype_of("threshold", score[j]);
       STD_TORCH_CHECK(dtype == dtype_of("threshold", score[order[begin]]), "threshold: mixed dtypes in a group");
-      state[g].bits = bits_of(dtype);
-      const int64_t size = score[j].numel(), pieces = (size + cuda::kThresholdPiece - 1) / cuda::kThresholdPiece;
+      const int64_t size = score[j].numel();
       if (size == 0) continue;
-      if (jobs.empty() || jobs.back()->tensors == cuda::kThresholdTensors) {
-        jobs.push_back(std::make_unique<cuda::ThresholdJob>());
-        jobs.back()->column = blocks;
-      }
-      cuda::ThresholdJob& job = *jobs.back();
-      cuda::ThresholdTensor& t = job.tensor[job.tensors++];
+      if (dtype == DType::f64) job.width = sizeof(uint64_t);
+      cuda::ThresholdTensor t{};
       keep.push_back(as_contiguous(score[j]));
       t.data = keep.back().const_data_ptr();
+      t.aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
       if (!mask.empty()) {
         STD_TORCH_CHECK(mask[j].scalar_type() == ScalarType::Byte && mask[j].numel() == kept[j].numel(),
                         "threshold: malformed 'mask'");
@@ -68,40 +86,44 @@ std::tuple<std::vector<Tensor>, Tensor> threshold_cuda(const std::vector<Tensor>
         t.mask = keep.back().const_data_ptr<uint8_t>();
       }
       t.kept = reinterpret_cast<uint32_t*>(kept[j].mutable_data_ptr<uint8_t>());
-      t.size = size, t.first = job.blocks, t.index = int(j), t.group = int(g), t.dtype = dtype;
-      job.blocks += pieces, blocks += pieces, state[g].blocks += pieces;
+      t.size = size, t.before = before, t.first = int(pieces), t.index = int(j), t.group = int(g);
+      t.dtype = uint8_t(dtype);
+      table.push_back(t);
+      before += size, pieces += (size + cuda::kThresholdPiece - 1) / cuda::kThresholdPiece;
+      STD_TORCH_CHECK(pieces < (int64_t(1) << 31) / cuda::kThresholdSpans, "threshold: malformed lists");
     }
-    most = std::max(most, rule::threshold_passes(state[g].bits));
+    start.push_back(table.size());
   }
 
-  const auto many = int64_t(groups);
-  Tensor status = new_empty(score[0], {int64_t(count) + many}, ScalarType::Long);
-  Tensor bin = new_empty(score[0], {many * rule::kThresholdBins}, ScalarType::Long);
-  Tensor part = new_empty(score[0], {std::max<int64_t>(blocks, 1)}, ScalarType::Long);
-  Tensor device = new_empty(score[0], {many * int64_t(sizeof(cuda::ThresholdGroup))}, ScalarType::Byte);
-  cuda::ThresholdGroups all{};
-  all.state = reinterpret_cast<cuda::ThresholdGroup*>(device.mutable_data_ptr<uint8_t>());
-  all.bin = reinterpret_cast<unsigned long long*>(bin.mutable_data_ptr<int64_t>());
-  all.part = reinterpret_cast<long long*>(part.mutable_data_ptr<int64_t>());
-  auto* note = reinterpret_cast<long long*>(status.mutable_data_ptr<int64_t>());
-  all.survivors = note + count;
-  all.groups = int(groups);
+  Tensor status = new_empty(score[0], {int64_t(count + groups)}, ScalarType::Long);
+  job.status = reinterpret_cast<long long*>(status.mutable_data_ptr<int64_t>());
+  job.rows = int(table.size()), job.groups = int(groups), job.inputs = int(count), job.pieces = int(pieces);
+  Tensor scratch = new_empty(score[0], {lay_out(job, nullptr)}, ScalarType::Byte);
+  lay_out(job, scratch.mutable_data_ptr<uint8_t>());
+
   auto launch = [](cudaError_t e) { check_launch("threshold", e); };
   const auto begin = std::make_unique<cuda::ThresholdBegin>();
-  begin->state = all.state, begin->bin = all.bin, begin->status = note, begin->tensors = int(count);
-  for (size_t g = 0; g < groups; g += cuda::kThresholdGroups) {
-    begin->first = int(g), begin->groups = int(std::min<size_t>(cuda::kThresholdGroups, groups - g));
-    std::copy_n(state.begin() + int64_t(g), begin->groups, begin->group);
+  const int row_launches = (job.rows + cuda::kThresholdTensors - 1) / cuda::kThresholdTensors;
+  const int group_launches = (job.groups + cuda::kThresholdGroups - 1) / cuda::kThresholdGroups;
+  const int launches = std::max(row_launches, group_launches);
+  begin->job = job;
+  for (int l = 0; l < launches; ++l) {
+    begin->row = std::min(l * cuda::kThresholdTensors, job.rows);
+    begin->rows = std::min(cuda::kThresholdTensors, job.rows - begin->row);
+    std::copy_n(table.begin() + begin->row, begin->rows, begin->tensor);
+    begin->first = std::min(l * cuda::kThresholdGroups, job.groups);
+    begin->groups = std::min(cuda::kThresholdGroups, job.groups - begin->first);
+    for (int g = 0; g < begin->groups; ++g) {
+      const size_t at = size_t(begin->first + g);
+      begin->group[g] = {drop[at], int(start[at]), int(start[at + 1] - start[at])};
+    }
     launch(cuda::threshold_begin(*begin, scope.stream));
   }
-  for (const auto& job : jobs) job->state = all.state, job->bin = all.bin, job->part = all.part, job->status = note;
-  for (int pass = 0; pass < most; ++pass) {
-    for (const auto& job : jobs) launch(cuda::threshold_count(*job, pass, scope.stream));
-    launch(cuda::threshold_pick(all, pass, scope.stream));
+  if (launches > 1) launch(cuda::threshold_bracket(job, scope.stream));
+  if (pieces > 0) {
+    launch(cuda::threshold_collect(job, scope.stream));
+    launch(cuda::threshold_finish(job, scope.stream));
   }
-  for (const auto& job : jobs) launch(cuda::threshold_ties(*job, scope.stream));
-  launch(cuda::threshold_share(all, scope.stream));
-  for (const auto& job : jobs) launch(cuda::threshold_write(*job, scope.stream));
   return {std::move(kept), status};
 }
 

@@ -14,7 +14,8 @@ from zipfast.ops import threshold
 from zipfast.ops.threshold import FINITE
 
 F32, F64, F16, BF16 = DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SIZES = (0, 1, 31, 32, 33, 63, 64, 65, 511, 512, 513, 1100)  # 512: a block of the emulator
+SIZES = (0, 1, 31, 32, 33, 63, 64, 65, 511, 512, 513, 1100)  # 512: what a warp of the emulator does; a block, two
+EDGES = (7, 8, 9, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025)  # of eight, of a warp's step, of a block
 INF, NAN = torch.inf, torch.nan
 
 
@@ -221,9 +222,96 @@ def test_random(backend: str, device: str) -> None:
 
 
 def test_many_tensors(backend: str, device: str) -> None:
-    count = 300  # more than a CUDA launch takes
+    count = 800  # more than a CUDA launch takes, twice
     score = [noise((5, 0, 17, 64)[j % 4], seed=j) for j in range(count)]
-    check(score, None, [500, 40, 0], [j % 3 for j in range(count)], device)
+    check(score, None, [3000, 40, 0], [j % 3 for j in range(count)], device)
+
+
+def test_many_groups(backend: str, device: str) -> None:
+    count = 300  # more than a CUDA launch takes
+    score = [noise((0, 3, 11)[j % 3], seed=j, dtype=DTYPES[j % 4]) for j in range(count)]
+    check(score, None, [j % 7 for j in range(count)], list(range(count))[::-1], device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Views that begin in the middle of 16 bytes, beside the same numbers at their beginning."""
+    base = [noise(n + 3, seed=n, dtype=dtype).to(device) for n in EDGES]
+    alive = [coin(n, n, 0.8) for n in EDGES]
+    shifted = [torch.cat([m.new_zeros(1), m])[1:].to(device) for m in map(packed, alive)]
+    for first in (1, 3):
+        score = [t[first:][:n] for t, n in zip(base, EDGES)]
+        assert all(t.data_ptr() % 16 and m.data_ptr() % 2 for t, m in zip(score, shifted))
+        want = check([t.clone() for t in score], alive, [900, 300], [j % 2 for j in range(len(EDGES))], device)
+        kept, _ = threshold(score, shifted, [900, 300], [j % 2 for j in range(len(EDGES))])
+        for k, w, n in zip(kept, want, EDGES):
+            assert np.array_equal(unpacked(k, n), w)
+
+
+def drawn(n: int, backend: str) -> np.ndarray:
+    """Where the CUDA kernels look before they choose a bracket: here a test may lie to them."""
+    sample = 64 * 4 if backend == "emu" else 1024 * 16
+    i = np.arange(sample, dtype=np.uint64)
+    off = i * 2654435769 % 2**32
+    return (i * n // sample + (off * (n // sample) >> 32)).astype(np.int64) if n > sample else i[:n].astype(np.int64)
+
+
+def wide(n: int, backend: str) -> dict[str, Tensor]:
+    """Many pieces: candidates kept aside, too many of them, brackets that miss on either side."""
+    plain = noise(n, seed=0)
+    look = torch.from_numpy(drawn(n, backend))
+    low, high = plain.clone(), plain.clone()
+    low[look] *= 1e-6
+    high[look] = 100 + high[look].abs()
+    bulk = plain.clone()
+    bulk[n // 5 : n // 3] = 0.25  # pieces that are all threshold
+    short = plain.clone()
+    short[: n // 2] = plain[: n // 2] * 2.0**-10  # one half has no candidates
+    twins = plain[torch.arange(n) // 3]  # every key thrice: few ties in many pieces
+    return {
+        "plain": plain,
+        "rounded": rounded(n, seed=1),
+        "equal": torch.full((n,), -0.5),
+        "sample too low": low,
+        "sample too high": high,
+        "bulk": bulk,
+        "short": short,
+        "twins": twins,
+        "sorted": plain.abs().sort().values,
+    }
+
+
+@pytest.mark.parametrize("name", sorted(wide(600, "emu")))
+def test_brackets(backend: str, device: str, name: str) -> None:
+    n = 5000 if backend in ("emu", "torch") else 300_000
+    whole = wide(n, backend)[name]
+    alive = coin(n, 3, 0.6)
+    for dtype, share in ((F32, 0.2), (F32, 0.21), (F64, 0.2), (F16, 0.25), (BF16, 0.7)):
+        t = whole.to(dtype)
+        value = t.double().abs().numpy()
+        k = int(n * share)
+        for mask in (None, alive):
+            left = np.flatnonzero(alive) if mask is not None else np.arange(n)
+            want = np.zeros(n, bool)
+            want[left] = True
+            want[left[np.argsort(value[left], kind="stable")[:k]]] = False
+            cut = n // 3 + 1
+            pieces = None if mask is None else [mask[:cut], mask[cut:]]
+            kept, status = run([t[:cut], t[cut:]], pieces, [k], [0, 0], device)
+            assert np.array_equal(np.concatenate(kept), want), (dtype, share, mask is None)
+            assert status == [FINITE, FINITE, left.size]
+
+
+def test_brackets_of_several_groups(backend: str, device: str) -> None:
+    """Groups of every dtype that meet within a block, one of them with a bracket that misses."""
+    n = 1800
+    data = wide(n, backend)
+    kinds = ("plain", "sample too high", "twins", "rounded", "bulk", "short")
+    score = [data[k].to(DTYPES[j % 4]) for j, k in enumerate(kinds)]
+    alive = [coin(n, j, 0.9) for j in range(len(kinds))]
+    drop = [n // 5, n // 4, n // 3, n // 2, 0, 2 * n]
+    check(score, None, drop, list(range(6)), device)
+    check(score, alive, drop, [5, 4, 3, 2, 1, 0], device)
 
 
 def sampled() -> dict[str, Tensor]:
