@@ -92,6 +92,16 @@ struct MmaValues {
     else
       return bits_to_float(e % 2 ? word[e / 2] & 0xffff0000u : word[e / 2] << 16);
   }
+  __device__ void fill(int run, const scalar_t (&x)[8]) {
+    constexpr int kRunWords = 8 * sizeof(scalar_t) / 4;
+    ZF_UNROLL
+    for (int w = 0; w < kRunWords; ++w) {
+      if constexpr (sizeof(scalar_t) == 4)
+        word[run * kRunWords + w] = float_to_bits(x[w]);
+      else
+        word[run * kRunWords + w] = uint32_t(x[2 * w].bits) | uint32_t(x[2 * w + 1].bits) << 16;
+    }
+  }
   // Moves run `run` down by one value and puts x at its end: eight of these fill it, in a loop that needs no more
   // registers than one round of it.
   __device__ void push(int run, scalar_t x) {
@@ -144,27 +154,39 @@ class MmaSlab {
         x += int64_t(place.image + sample(i * kRun)) * s_.size;
         const scalar_t* last = pointer(i * kRun + kRun - 1);
         if (last && last - pointer(i * kRun) == kRun - 1 && aligned(x)) {
-          load_run(x, value, i);
+          load_run<4>(x, value, i);
           continue;
         }
-        ZF_ROLLED
+        scalar_t one[kRun];
+        ZF_UNROLL
         for (int e = 0; e < kRun; ++e) {
           const scalar_t* y = pointer(i * kRun + e);
-          value.push(i, y ? y[int64_t(place.image + sample(i * kRun)) * s_.size] : scalar_t{});
+          one[e] = y ? y[int64_t(place.image + sample(i * kRun)) * s_.size] : scalar_t{};
         }
+        value.fill(i, one);
       } else {
         const int64_t stride = s_.size * s_.inner;
         x += int64_t(place.image) * stride + place.position;
-        if (left >= kRun && place.position + kRun <= s_.inner && aligned(x)) {
-          load_run(x, value, i);
-          continue;
-        }
-        int position = place.position;
-        ZF_ROLLED
-        for (int e = 0; e < kRun; ++e) {
-          value.push(i, e < left ? *x : scalar_t{});
-          ++x;
-          if (++position == s_.inner) position = 0, x += stride - s_.inner;
+        const int inner = int(s_.inner), here = inner - place.position;  // samples that this image still has
+        const int unaligned = int(reinterpret_cast<uintptr_t>(x) & 15);
+        if (left >= kRun && here >= kRun && unaligned % 8 == 0) {
+          if (unaligned == 0)
+            load_run<4>(x, value, i);
+          else
+            load_run<2>(x, value, i);  // every other row of 14 x 14 float16 images
+        } else if (inner >= kRun) {
+          scalar_t one[kRun];
+          ZF_UNROLL
+          for (int e = 0; e < kRun; ++e) one[e] = e < left ? x[e < here ? e : e + stride - inner] : scalar_t{};
+          value.fill(i, one);
+        } else {
+          int position = place.position;
+          ZF_ROLLED
+          for (int e = 0; e < kRun; ++e) {
+            value.push(i, e < left ? *x : scalar_t{});
+            ++x;
+            if (++position == inner) position = 0, x += stride - inner;
+          }
         }
       }
     }
@@ -270,12 +292,16 @@ class MmaSlab {
 
   __device__ const scalar_t* pointer(int e) const { return static_cast<const scalar_t*>(from_[feature(e)]); }
   static __device__ bool aligned(const scalar_t* x) { return (reinterpret_cast<uintptr_t>(x) & 15) == 0; }
+  template <int kWide>  // words of one access
   static __device__ void load_run(const scalar_t* x, Values& value, int run) {
+    struct alignas(4 * kWide) Wide {
+      uint32_t word[kWide];
+    };
     ZF_UNROLL
-    for (int q = 0; q < kRunWords / 4; ++q) {
-      const Quad four = reinterpret_cast<const Quad*>(x)[q];
+    for (int q = 0; q < kRunWords / kWide; ++q) {
+      const Wide wide = reinterpret_cast<const Wide*>(x)[q];
       ZF_UNROLL
-      for (int w = 0; w < 4; ++w) value.word[run * kRunWords + 4 * q + w] = four.word[w];
+      for (int w = 0; w < kWide; ++w) value.word[run * kRunWords + kWide * q + w] = wide.word[w];
     }
   }
   __device__ float scale_of(const MmaOperand& out, int p) const {
