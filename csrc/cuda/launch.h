@@ -21,12 +21,14 @@ namespace zipfast::cuda {
 // models. Pointers travel in the kernel's arguments (32 KB since CUDA 12.1); the glue cuts longer lists into launches.
 constexpr int kSoupPointers = 1536, kSoupTensors = 256;
 #ifdef ZF_EMU
-constexpr int kSoupThreads = 32;
-constexpr long long kSoupPiece = 96;  // small: tests are to see several pieces
+constexpr int kSoupThreads = 64;  // small: tests are to see several pieces, and two warps in each
 #else
 constexpr int kSoupThreads = 256;
-constexpr long long kSoupPiece = 8192;
 #endif
+constexpr int kSoupEach = 16;  // elements of a piece that a thread has to itself
+constexpr long long kSoupPiece = (long long)kSoupThreads * kSoupEach;
+
+constexpr uint8_t kMixed = 255;
 
 struct SoupTensor {
   long long size, first;  // elements; first of its ceil(size / kSoupPiece) blocks
@@ -35,6 +37,8 @@ struct SoupList {
   const void* x[kSoupPointers];  // [tensors, models]
   SoupTensor tensor[kSoupTensors];
   uint8_t dtype[kSoupPointers];
+  uint8_t same[kSoupTensors];     // the dtype of all that belongs to a tensor, or kMixed
+  uint8_t aligned[kSoupTensors];  // 16-byte accesses are allowed
   int models, tensors;
   int stride, column;  // tensors of the whole call, and which of them is the first here
   long long blocks;
@@ -69,7 +73,7 @@ cudaError_t blend(const BlendJob& job, cudaStream_t stream);
 struct MultidotJob {
   SoupList list;
   const void* g[kSoupTensors];
-  double* part;  // [blocks, models]
+  double* part;  // [models, blocks]
   double* out;   // [models, stride]
   uint8_t g_dtype[kSoupTensors];
 };
