@@ -52,25 +52,23 @@ __device__ inline void store_whole(scalar_t* x, const scalar_t* value) {
 #endif
 }
 
-// x [n], n <= kCount, zeros behind it; `whole`: n is kCount and x aligned.
+// x [n], n <= kCount, zeros behind it; `whole`: n is kCount and x aligned (where a group is worth such an access).
 template <int kCount, class scalar_t>
 __device__ inline void load_group(const scalar_t* x, int n, bool whole, scalar_t* out) {
-  if (whole) {
-    load_whole<kCount>(x, out);
-  } else {
-    ZF_UNROLL
-    for (int e = 0; e < kCount; ++e) out[e] = e < n ? x[e] : scalar_t{};
+  if constexpr (kCount * sizeof(scalar_t) >= 8) {
+    if (whole) return load_whole<kCount>(x, out);
   }
+  ZF_UNROLL
+  for (int e = 0; e < kCount; ++e) out[e] = e < n ? x[e] : scalar_t{};
 }
 template <int kCount, class scalar_t>
 __device__ inline void store_group(scalar_t* x, int n, bool whole, const scalar_t* value) {
-  if (whole) {
-    store_whole<kCount>(x, value);
-  } else {
-    ZF_UNROLL
-    for (int e = 0; e < kCount; ++e)
-      if (e < n) x[e] = value[e];
+  if constexpr (kCount * sizeof(scalar_t) >= 8) {
+    if (whole) return store_whole<kCount>(x, value);
   }
+  ZF_UNROLL
+  for (int e = 0; e < kCount; ++e)
+    if (e < n) x[e] = value[e];
 }
 
 }  // namespace zipfast::cuda

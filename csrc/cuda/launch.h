@@ -82,11 +82,16 @@ cudaError_t multidot(const MultidotJob& job, cudaStream_t stream);
 struct GramJob {
   SoupList list;
   const void* base[kSoupTensors];  // null: zeros
-  double* part;                    // [blocks, models, models]
+  double* part;                    // [models (models + 1) / 2, blocks]
   double* out;                     // [stride, models, models]
   uint8_t base_dtype[kSoupTensors], wide[kSoupTensors];
 };
-cudaError_t gram(const GramJob& job, cudaStream_t stream);
+// Whether path "tensor" serves where a call leaves the choice: tensor cores that multiply float64 faster than all else,
+// and models enough to fill half of an operand.
+inline bool gram_by_tensor_cores(int capability, long long models) {
+  return capability >= 80 && capability % 10 == 0 && models >= 4;
+}
+cudaError_t gram(const GramJob& job, bool tensor, cudaStream_t stream);
 
 // --- apply_mask_, masked_step_
 // ------------------------------------------------------------------------------------------- Lists of tensors with
@@ -192,6 +197,7 @@ struct RegroupJob {
   const double* divisor;            // [groups] or null
   void* out;                        // [outer, groups, inner]
   int64_t outer, size, inner, groups, members, models;
+  bool aligned;  // 16-byte accesses are allowed
 };
 cudaError_t regroup(DType dtype, const RegroupJob& job, cudaStream_t stream);
 

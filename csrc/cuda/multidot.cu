@@ -134,15 +134,21 @@ __global__ void __launch_bounds__(kSoupThreads, 2) multidot_part_kernel(const __
   }
 }
 
-// A block per (model, tensor).
+// A block per (model, tensor): thread t adds pieces t, t + threads, ... in order, then warps are added in order.
 __global__ void __launch_bounds__(kSoupThreads) multidot_add_kernel(const __grid_constant__ MultidotJob job) {
   __shared__ double warp[kWarps];
   const SoupList& list = job.list;
   const int i = int(blockIdx.x) / list.tensors, tensor = int(blockIdx.x) % list.tensors;
   const long long first = list.tensor[tensor].first;
   const long long last = tensor + 1 < list.tensors ? list.tensor[tensor + 1].first : list.blocks;
-  block_sum_to(job.out + (long long)i * list.stride + list.column + tensor, job.part + i * list.blocks + first,
-               last - first, warp);
+  double sum = strided_sum<kSoupThreads>(job.part + i * list.blocks + first, last - first, int(threadIdx.x));
+  if (last - first > 1) {
+    keep_sum(sum, warp);
+    __syncthreads();
+    sum = warp[0];
+    for (int w = 1; w < kWarps; ++w) sum += warp[w];
+  }
+  if (threadIdx.x == 0) job.out[(long long)i * list.stride + list.column + tensor] = sum;
 }
 
 cudaError_t multidot(const MultidotJob& job, cudaStream_t stream) {

@@ -89,27 +89,19 @@ __device__ inline double warp_sum(double value) {
   return value;
 }
 
-// out = sum of x [n], by the whole block: thread t adds x[t], x[t + threads], ... in order, warps are added in order.
-// `scratch` holds a value for each warp; contains two barriers.
-__device__ inline void block_sum_to(double* out, const double* x, long long n, double* scratch) {
+// x[first] + x[first + kStep] + ... in order, up to x[n - 1].
+template <int kStep>
+__device__ inline double strided_sum(const double* x, long long n, int first) {
   constexpr int kInFlight = 8;
   double sum = 0;
-  for (long long p = threadIdx.x; p < n; p += kInFlight * kSoupThreads) {
+  for (long long p = first; p < n; p += kInFlight * kStep) {
     double value[kInFlight];
     ZF_UNROLL
-    for (int u = 0; u < kInFlight; ++u) value[u] = p + u * kSoupThreads < n ? x[p + u * kSoupThreads] : 0;
+    for (int u = 0; u < kInFlight; ++u) value[u] = p + u * kStep < n ? x[p + u * kStep] : 0;
     ZF_UNROLL
     for (int u = 0; u < kInFlight; ++u) sum += value[u];
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    sum = scratch[0];
-    for (int w = 1; w < kSoupThreads / 32; ++w) sum += scratch[w];
-    *out = sum;
-  }
-  __syncthreads();
+  return sum;
 }
 
 }  // namespace zipfast::cuda
