@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``gram``: task vectors of 8 and 16 vision transformers against each other, 154 tensors of 10 M parameters in all.
 
-The peer does the same with what torch offers: differences from the base stacked in float64, times their transpose, tensor
-by tensor.  On a GPU also 25 M parameters, and each path by name.  The floor is reading models and base once, or k·(k+1) floating-point operations for each element.
+On a GPU also 25 M parameters, and each path by name.  The peer does the same with what torch offers: differences from the
+base stacked in float64, times their transpose, tensor by tensor.  The floor is reading models and base once, or k·(k+1)
+floating-point operations for each element.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``multidot``: derivatives by the weights of a soup: a gradient against 16 vision transformers, 154 tensors each.
 
-Peers: ``torch.dot`` tensor by tensor (it sums in the dtype of its arguments, so for bfloat16 also over float32 copies),
-and the reference, in float64 as ours.  The floor is reading the gradient and the models once.  On a GPU also 8 models of 100 M parameters, far
-beyond its cache.
+On a GPU also 8 models of 100 M parameters, far beyond its cache.  Peers: ``torch.dot`` tensor by tensor (it sums in the
+dtype of its arguments, so for bfloat16 also over float32 copies), and the reference, in float64 as ours.  The floor is
+reading the gradient and the models once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 // apply_mask_ on a GPU: packed masks applied to lists of weights, or to what they are rewound to, in one launch
 // (Frankle & Carbin 2019, section 2).
 //
-// A block owns kSoupPiece elements of one tensor, a thread groups of 16 bytes of them.  Values are moved as bits.  Groups
-// that are dead are not read; in place, those that are alive are not touched.  Bandwidth-bound.
+// A block owns kSoupPiece elements of one tensor, a thread groups of 16 bytes of them.  Values are moved as bits.
+// Groups that are dead are not read; in place, those that are alive are not touched.  Bandwidth-bound.
 #include "cuda/mask.cuh"
 
 namespace zipfast::cuda {

@@ -2,13 +2,13 @@
 // gram on a GPU: k x k inner products of x_a - base, tensor by tensor, in two launches.
 //
 // Path "plain": a block owns kSoupPiece elements of one tensor and blocks of 4 x 4 pairs, as many as it has threads.
-// Tile by tile it puts the differences of all models into shared memory, as float64; a thread adds the products of its 16
-// pairs over its slice of a tile's elements, in registers.  Shared memory bounds it: a read for two multiply-adds.
+// Tile by tile it puts the differences of all models into shared memory, as float64; a thread adds the products of its
+// 16 pairs over its slice of a tile's elements, in registers.  Shared memory bounds it: a read for two multiply-adds.
 //
 // Path "tensor": the tensor cores' product of 8 x 4 by 4 x 8 float64 numbers.  In a product of a matrix with its own
 // transpose a lane holds the same number on either side, so that a lane loads four elements of one model in 16 bytes,
-// takes the base away and multiplies them straight from its registers; a warp has a slice of the piece to itself, for up
-// to 32 x 32 models.
+// takes the base away and multiplies them straight from its registers; a warp has a slice of the piece to itself, for
+// up to 32 x 32 models.
 //
 // On both, a second kernel adds the pieces, a warp for each sum.  No atomics: equal on every run.
 #include "cuda/soup.cuh"
@@ -151,8 +151,8 @@ struct Rows {
   }
 };
 
-// Products of models [first, first + 8 kOcts) with [other, other + 8 kOcts); kDiagonal: with themselves.  A lane asks for
-// kGroups groups of each of its models before it uses one.  `fold` holds 64 sums of each warp.
+// Products of models [first, first + 8 kOcts) with [other, other + 8 kOcts); kDiagonal: with themselves.  A lane asks
+// for kGroups groups of each of its models before it uses one.  `fold` holds 64 sums of each warp.
 template <class Type, int kOcts, int kGroups, bool kDiagonal>
 __device__ inline void tensor_piece(const GramJob& job, const SoupPlace& place, long long piece, int first, int other,
                                     double (*fold)[kOct * kOct]) {
@@ -233,7 +233,9 @@ __global__ void __launch_bounds__(kSoupThreads) gram_plain_kernel(const __grid_c
 template <int kOcts, bool kAlone, bool kFloats = false>
 __global__ void __launch_bounds__(kSoupThreads, kAlone ? 2 : 1)
     gram_tensor_kernel(const __grid_constant__ GramJob job) {
-  constexpr int kGroups = kOcts == 1 ? 4 : kOcts == 2 ? 2 : 1;  // so that as much is in flight for few models as for many
+  constexpr int kGroups = kOcts == 1   ? 4
+                          : kOcts == 2 ? 2
+                                       : 1;  // so that as much is in flight for few models as for many
   __shared__ double fold[kWarps][kOct * kOct];
   const int side = (job.list.models + kOct * kOcts - 1) / (kOct * kOcts), all = kAlone ? 1 : side * (side + 1) / 2;
   const long long piece = blockIdx.x / all;

@@ -2,10 +2,10 @@
 // masked_step_ on a GPU: a step of SGD, Adam or AdamW and the mask of weights and state, one launch for many tensors
 // (Frankle & Carbin 2019, section 2).
 //
-// A block owns kSoupPiece elements of one tensor, a thread groups of them: 16 bytes of weights or of state, whichever are
-// wider.  Where the bits of a group are 0, nothing of it is read and zeros are written; two groups are in flight.  The
-// formula is that of rule.h; this file is compiled without further contraction, so that the bits are those of the C++
-// kernel.  Bandwidth-bound.
+// A block owns kSoupPiece elements of one tensor, a thread groups of them: 16 bytes of weights or of state, whichever
+// are wider.  Where the bits of a group are 0, nothing of it is read and zeros are written; two groups are in flight.
+// The formula is that of rule.h; this file is compiled without further contraction, so that the bits are those of the
+// C++ kernel.  Bandwidth-bound.
 #include "cuda/mask.cuh"
 
 namespace zipfast::cuda {

@@ -7,7 +7,8 @@
 
 namespace zipfast::cuda {
 
-// f with a null pointer of the storage type, on the device.  Threads of a block have one dtype at a time: no divergence.
+// f with a null pointer of the storage type, on the device.  Threads of a block have one dtype at a time: no
+// divergence.
 template <class F>
 __device__ inline void with_type(DType dtype, F&& f) {
   if (dtype == DType::f32)

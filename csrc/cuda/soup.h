@@ -14,8 +14,8 @@ inline void soup_joins(cuda::SoupList& list, int slot, const void* data, DType d
   list.aligned[slot] = list.aligned[slot] && reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
-// Calls `launch()` for runs of tensors of `x` = [models, count] that fit into one; `fill(slot, j)` sets what else belongs
-// to tensor j.
+// Calls `launch()` for runs of tensors of `x` = [models, count] that fit into one; `fill(slot, j)` sets what else
+// belongs to tensor j.
 template <class Fill, class Launch>
 void soup_launches(const char* op, const std::vector<Tensor>& x, int64_t models, std::vector<Tensor>& keep,
                    cuda::SoupList& list, Fill&& fill, Launch&& launch) {

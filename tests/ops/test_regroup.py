@@ -111,17 +111,14 @@ def test_wide_rows(backend: str, device: str, dtype: torch.dtype, inner: int) ->
     # sides of 1000, from which on the emulator's indices have 64 bits
     for size, outer in ((5, 2), (40, 3)):
         order, start, divisor = case(2, size, 7, seed=inner, device=device)
-        x = [
-            noise.to(dtype)
-            for noise in torch.randn(2, outer, size, inner, generator=torch.Generator().manual_seed(inner))
-        ]
+        drawn = torch.randn(2, outer, size, inner, generator=torch.Generator().manual_seed(inner)).to(dtype)
+        x = [t.clone() for t in drawn]
         want = torch.from_numpy(definition(x, order, start, divisor, 1)).to(dtype)
-        assert same_bits(regroup([t.clone().to(device) for t in x], order, start, divisor, 1), want)
+        assert same_bits(regroup([t.to(device) for t in x], order, start, divisor, 1), want)
         for moved in range(2):
-            views = [
-                torch.cat([t.new_zeros(i == moved), t.flatten()]).to(device)[int(i == moved) :] for i, t in enumerate(x)
-            ]
-            assert same_bits(regroup([v.view(outer, size, inner) for v in views], order, start, divisor, 1), want)
+            flat = [torch.cat([t.new_zeros(int(i == moved)), t.flatten()]).to(device) for i, t in enumerate(x)]
+            views = [t[int(i == moved) :].view(outer, size, inner) for i, t in enumerate(flat)]
+            assert same_bits(regroup(views, order, start, divisor, 1), want)
 
 
 @pytest.mark.parametrize("size", [0, 3])
