@@ -10,8 +10,9 @@ namespace zipfast::cuda {
 
 namespace {
 
-template <class bits_t>
-__device__ inline void apply_piece(const ApplyTensor& t, long long begin, long long end) {
+// kWhole: the piece is full, all of it aligned.
+template <bool kWhole, class bits_t>
+__device__ inline void apply_groups(const ApplyTensor& t, long long begin, long long end) {
   constexpr int kCount = kGroup<bits_t>, kGroups = kSoupEach / kCount, kTogether = kGroups < 4 ? kGroups : 4;
   constexpr unsigned kAll = (1u << kCount) - 1;
   bits_t* out = static_cast<bits_t*>(t.out);
@@ -25,19 +26,29 @@ __device__ inline void apply_piece(const ApplyTensor& t, long long begin, long l
     for (int u = 0; u < kTogether; ++u) {
       const long long at = begin + (long long)((first + u) * kSoupThreads + int(threadIdx.x)) * kCount, left = end - at;
       const unsigned alive = mask >> (first + u) * kCount & kAll;
-      if (left <= 0 || alive == 0 || (alive == kAll && !moves)) continue;
-      load_group<kCount>(source + at, left < kCount ? int(left) : kCount, t.aligned && left >= kCount, value[u]);
+      if ((!kWhole && left <= 0) || alive == 0 || (alive == kAll && !moves)) continue;
+      load_group<kCount>(source + at, !kWhole && left < kCount ? int(left) : kCount,
+                         kWhole || (t.aligned && left >= kCount), value[u]);
     }
     ZF_UNROLL
     for (int u = 0; u < kTogether; ++u) {
       const long long at = begin + (long long)((first + u) * kSoupThreads + int(threadIdx.x)) * kCount, left = end - at;
       const unsigned alive = mask >> (first + u) * kCount & kAll;
-      if (left <= 0 || (alive == kAll && !moves)) continue;
+      if ((!kWhole && left <= 0) || (alive == kAll && !moves)) continue;
       ZF_UNROLL
       for (int e = 0; e < kCount; ++e) value[u][e] = alive >> e & 1 ? value[u][e] : bits_t(0);
-      store_group<kCount>(out + at, left < kCount ? int(left) : kCount, t.aligned && left >= kCount, value[u]);
+      store_group<kCount>(out + at, !kWhole && left < kCount ? int(left) : kCount,
+                          kWhole || (t.aligned && left >= kCount), value[u]);
     }
   }
+}
+
+template <class bits_t>
+__device__ inline void apply_piece(const ApplyTensor& t, long long begin, long long end) {
+  if (t.aligned && end - begin == kSoupPiece)
+    apply_groups<true, bits_t>(t, begin, end);
+  else
+    apply_groups<false, bits_t>(t, begin, end);
 }
 
 }  // namespace

@@ -33,17 +33,20 @@ __device__ inline void blend_group(const BlendJob& job, int tensor, long long at
   for (int e = 0; e < kCount; ++e) sum[e] = acc_t(-0.0);  // adds nothing, not even to the sign of a zero
   for (int i = 0; i < models; i += kAtOnce) {
     uint32_t word[kAtOnce][Type::kWords] = {};
+    double factor[kAtOnce] = {};
     ZF_UNROLL
-    for (int u = 0; u < kAtOnce; ++u)
-      if (i + u < models) Type::fetch(x[i + u], DType(dtype[i + u]), at, n, kWhole, word[u]);
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (i + u >= models) continue;
+      Type::fetch(x[i + u], DType(dtype[i + u]), at, n, kWhole, word[u]);
+      factor[u] = weight[(long long)(i + u) * list.stride];
+    }
     ZF_UNROLL
     for (int u = 0; u < kAtOnce; ++u) {
       if (i + u >= models) break;
-      const acc_t factor = acc_t(weight[(long long)(i + u) * list.stride]);
       acc_t value[kCount];
       Type::open(word[u], DType(dtype[i + u]), value);
       ZF_UNROLL
-      for (int e = 0; e < kCount; ++e) sum[e] += value[e] * factor;
+      for (int e = 0; e < kCount; ++e) sum[e] += value[e] * acc_t(factor[u]);
     }
   }
   bool finite = true;

@@ -12,11 +12,12 @@ namespace zipfast::cuda {
 
 namespace {
 
-template <rule::StepKind kKind, class scalar_t, class state_t, class acc_t>
-__device__ inline void step_piece(const StepTensor& t, const rule::StepRule<acc_t>& r, int flags, long long begin,
-                                  long long end) {
+// kWhole: the piece is full, all of it aligned.
+template <rule::StepKind kKind, bool kWhole, class scalar_t, class state_t, class acc_t>
+__device__ inline void step_groups(const StepTensor& t, const rule::StepRule<acc_t>& r, int flags, long long begin,
+                                   long long end) {
   constexpr int kCount = sizeof(state_t) > sizeof(scalar_t) ? kGroup<state_t> : kGroup<scalar_t>;
-  constexpr int kGroups = kSoupEach / kCount, kTogether = 2;
+  constexpr int kGroups = kSoupEach / kCount, kTogether = kWhole ? 2 : 1;
   scalar_t* param = static_cast<scalar_t*>(t.param);
   const scalar_t* grad = static_cast<const scalar_t*>(t.grad);
   state_t* moment = static_cast<state_t*>(t.moment);
@@ -29,9 +30,9 @@ __device__ inline void step_piece(const StepTensor& t, const rule::StepRule<acc_
     for (int u = 0; u < kTogether; ++u) {
       const long long at = begin + (long long)((first + u) * kSoupThreads + int(threadIdx.x)) * kCount, left = end - at;
       const unsigned alive = mask >> (first + u) * kCount & ((1u << kCount) - 1);
-      if (left <= 0 || alive == 0) continue;
-      const int n = left < kCount ? int(left) : kCount;
-      const bool whole = t.aligned && n == kCount;
+      if ((!kWhole && left <= 0) || alive == 0) continue;
+      const int n = !kWhole && left < kCount ? int(left) : kCount;
+      const bool whole = kWhole || (t.aligned && n == kCount);
       load_group<kCount>(param + at, n, whole, w[u]);
       load_group<kCount>(grad + at, n, whole, g[u]);
       if constexpr (kKind != rule::kStepPlain) load_group<kCount>(moment + at, n, whole, m[u]);
@@ -41,7 +42,7 @@ __device__ inline void step_piece(const StepTensor& t, const rule::StepRule<acc_
     for (int u = 0; u < kTogether; ++u) {
       const long long at = begin + (long long)((first + u) * kSoupThreads + int(threadIdx.x)) * kCount, left = end - at;
       const unsigned alive = mask >> (first + u) * kCount & ((1u << kCount) - 1);
-      if (left <= 0) continue;
+      if (!kWhole && left <= 0) continue;
       if (alive != 0) {
         ZF_UNROLL
         for (int e = 0; e < kCount; ++e) {
@@ -53,13 +54,22 @@ __device__ inline void step_piece(const StepTensor& t, const rule::StepRule<acc_
           v[u][e] = lives ? narrow<state_t>(double(two)) : state_t{};
         }
       }
-      const int n = left < kCount ? int(left) : kCount;
-      const bool whole = t.aligned && n == kCount;
+      const int n = !kWhole && left < kCount ? int(left) : kCount;
+      const bool whole = kWhole || (t.aligned && n == kCount);
       store_group<kCount>(param + at, n, whole, w[u]);
       if constexpr (kKind != rule::kStepPlain) store_group<kCount>(moment + at, n, whole, m[u]);
       if constexpr (kKind == rule::kStepAdam) store_group<kCount>(square + at, n, whole, v[u]);
     }
   }
+}
+
+template <rule::StepKind kKind, class scalar_t, class state_t, class acc_t>
+__device__ inline void step_piece(const StepTensor& t, const rule::StepRule<acc_t>& r, int flags, long long begin,
+                                  long long end) {
+  if (t.aligned && end - begin == kSoupPiece)
+    step_groups<kKind, true, scalar_t, state_t>(t, r, flags, begin, end);
+  else
+    step_groups<kKind, false, scalar_t, state_t>(t, r, flags, begin, end);
 }
 
 }  // namespace
