@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``blend_``: the weighted sum of eight vision transformers, 154 tensors of 20 M parameters in all, in one call.
 
+On a GPU also of 100 M parameters, far beyond its cache.
+
 Peers do the same sums with what torch offers, in float32 buffers that are there beforehand: ``add_`` tensor by tensor,
 ``_foreach_add_`` model by model, and the reference.  None of them looks for values that are not finite, except the
 reference.  The floor is reading the inputs and writing the output once.
@@ -28,13 +30,17 @@ TOLERATED = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # of the largest value;
 @dataclass(frozen=True)
 class Case:
     dtype: torch.dtype
+    width: int = 360
+    size: str = " of 20 M"
 
     @property
     def name(self) -> str:
-        return f"{MODELS} models of 20 M, {str(self.dtype).removeprefix('torch.')}"
+        return f"{MODELS} models{self.size}, {str(self.dtype).removeprefix('torch.')}"
 
 
 CASES = [Case(torch.float32), Case(torch.bfloat16)]
+WIDE = 816  # 100 M parameters
+CUDA_CASES = [Case(torch.float32, WIDE, ", 100M"), Case(torch.bfloat16, WIDE, ", 100M")]
 
 
 def transformer(width: int) -> list[tuple[int, ...]]:
@@ -61,7 +67,7 @@ def agree(ours: list[Tensor], theirs: list[Tensor], name: str) -> None:
 
 
 def job(case: Case, device: str) -> Job:
-    x = models(360, MODELS, case.dtype, device)
+    x = models(case.width, MODELS, case.dtype, device)
     count = len(x) // MODELS
     alpha = torch.softmax(torch.arange(MODELS) / 4, 0).double()
     weight = alpha[:, None].repeat(1, count).to(device)
@@ -109,7 +115,7 @@ def test_blend(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
 
 
 def jobs(device: str) -> Iterator[Job]:
-    for case in CASES:
+    for case in [*CASES, *(CUDA_CASES if torch.device(device).type == "cuda" else [])]:
         yield job(case, device)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``gram``: task vectors of 8 and 16 vision transformers against each other, 154 tensors of 10 M parameters in all.
 
-The peer does the same with what torch offers: differences from the base stacked in float64, times their transpose, tensor
-by tensor.  The floor is reading models and base once, or k·(k+1) floating-point operations for each element.
+On a GPU also 25 M parameters, and each path by name.  The peer does the same with what torch offers: differences from the
+base stacked in float64, times their transpose, tensor by tensor.  The floor is reading models and base once, or k·(k+1)
+floating-point operations for each element.
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ OP = "gram"
 @dataclass(frozen=True)
 class Case:
     models: int
+    width: int = 256
+    size: str = " of 10 M, float32"
+    path: str = "auto"
 
     @property
     def name(self) -> str:
-        return f"{self.models} models of 10 M, float32"
+        return f"{self.models} models{self.size}" + ("" if self.path == "auto" else f", path {self.path}")
 
 
 CASES = [Case(8), Case(16)]
+CUDA_CASES = [Case(16, 400, ", 25M", path) for path in ("auto", "plain", "tensor")] + [
+    Case(8, 400, ", 25M"),
+    Case(32, 400, ", 25M"),
+]
 
 
 def agree(ours: Tensor, theirs: Tensor, name: str) -> None:
@@ -40,7 +48,7 @@ def agree(ours: Tensor, theirs: Tensor, name: str) -> None:
 
 def job(case: Case, device: str) -> Job:
     k = case.models
-    x = models(256, k + 1, torch.float32, device)
+    x = models(case.width, k + 1, torch.float32, device)
     count = len(x) // (k + 1)
     base, x = x[:count], x[count:]
 
@@ -55,7 +63,7 @@ def job(case: Case, device: str) -> Job:
     options = {"bytes": 4 * size * (k + 1), "flops": size * k * (k + 1), "rate": "fp64"}
     options["extra"] = {"models": k, "tensors": count}
     found = {"stack float64 @ T": Peer(stacked)}
-    return Job(OP, case.name, Peer(lambda: zipfast.ops.gram(x, k, base)), found, agree, options)
+    return Job(OP, case.name, Peer(lambda: zipfast.ops.gram(x, k, base, case.path)), found, agree, options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -64,7 +72,7 @@ def test_gram(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
 
 
 def jobs(device: str) -> Iterator[Job]:
-    for case in CASES:
+    for case in [*CASES, *(CUDA_CASES if torch.device(device).type == "cuda" else [])]:
         yield job(case, device)
 
 

@@ -3,7 +3,7 @@
 
 Peers are torch's own optimisers, fused or by ``foreach``, followed by a product of the weights with a float32 mask.  They
 leave the state of dead weights alone; ours clears it.  The floor is reading weights, state, gradients and bits, and
-writing weights and state once.
+writing weights and state once.  On a GPU also a transformer of 100 M weights, far beyond its cache.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import peers
 import pytest
 import torch
 from bench_apply_mask import masks, noise, resnet18
+from bench_blend import WIDE, transformer
 from harness import Job, Peer, Row, Run, main
 from torch import Tensor
 
@@ -28,13 +29,22 @@ LR, DECAY, MOMENTUM, BETAS, EPS = 1e-3, 1e-4, 0.9, (0.9, 0.999), 1e-8
 class Case:
     rule: str
     density: float
+    large: bool = False
 
     @property
     def name(self) -> str:
+        if self.large:
+            alive = "" if self.density == 0.8 else f", {self.density:.0%} alive"
+            return f"100M, {'sgd momentum' if self.rule == 'sgd' else self.rule}{alive}"
         return f"{self.rule} 11.7 M float32, {self.density:.0%} alive"
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return transformer(WIDE) if self.large else resnet18()
 
 
 CASES = [Case(rule, density) for rule in ("sgd", "adam") for density in (0.8, 0.2, 0.02)]
+CUDA_CASES = [Case(rule, density, large=True) for rule in ("sgd", "adam") for density in (0.8, 0.02)]
 
 
 def agree(ours: list[Tensor], theirs: list[Tensor], name: str) -> None:
@@ -47,7 +57,7 @@ class Net:
     """Weights, gradients and state that one side of the comparison owns."""
 
     def __init__(self, case: Case, device: str, packed: list[Tensor]) -> None:
-        shapes = resnet18()
+        shapes = case.shapes
         self.rule, self.packed = case.rule, packed
         self.param, self.grad = noise(1, device, shapes), noise(2, device, shapes)
         self.first = [torch.zeros_like(p) for p in self.param]
@@ -82,7 +92,7 @@ def by_torch(case: Case, device: str, packed: list[Tensor], dense: list[Tensor],
 
 
 def job(case: Case, device: str) -> Job:
-    alive, packed = masks(case.density, device, resnet18())
+    alive, packed = masks(case.density, device, case.shapes)
     dense = [a.float() for a in alive]
     ours, theirs = Net(case, device, packed), Net(case, device, packed)
     found = {
@@ -101,7 +111,7 @@ def test_masked_step(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
 
 
 def jobs(device: str) -> Iterator[Job]:
-    for case in CASES:
+    for case in [*CASES, *(CUDA_CASES if torch.device(device).type == "cuda" else [])]:
         yield job(case, device)
 
 

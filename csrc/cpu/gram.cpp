@@ -7,6 +7,7 @@
 // of products is summed in tiles of 2 x 4 rows, kLanes partial sums each.  Pieces are added in order: the result
 // depends on shapes alone.
 #include <cstring>
+#include <string>
 
 #include "cpu/simd.h"
 #include "stable.h"
@@ -120,7 +121,7 @@ ZF_MULTIVERSION void run_piece(const Group& g, int64_t begin, int64_t end, doubl
   gram_piece(g, begin, end, rows, sum);
 }
 
-Tensor gram_cpu(const std::vector<Tensor>& x, int64_t models, const std::vector<Tensor>& base) {
+Tensor gram_cpu(const std::vector<Tensor>& x, int64_t models, const std::vector<Tensor>& base, std::string) {
   STD_TORCH_CHECK(models > 0 && !x.empty() && int64_t(x.size()) % models == 0, "gram: malformed lists");
   const int64_t count = int64_t(x.size()) / models;
   STD_TORCH_CHECK(base.empty() || int64_t(base.size()) == count, "gram: malformed 'base'");

@@ -24,6 +24,7 @@ void blend_cuda(const std::vector<Tensor>& out, Tensor bad, const std::vector<Te
     const DType target = dtype_of("blend_", out[j]);
     job->out[slot] = out[j].mutable_data_ptr();
     job->target[slot] = uint8_t(target);
+    soup_joins(job->list, slot, job->out[slot], target);
     bool wide = target == DType::f64;
     for (int64_t i = 0; i < models; ++i) wide |= DType(job->list.dtype[slot * models + i]) == DType::f64;
     job->wide[slot] = wide;

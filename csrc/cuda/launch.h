@@ -21,12 +21,14 @@ namespace zipfast::cuda {
 // models. Pointers travel in the kernel's arguments (32 KB since CUDA 12.1); the glue cuts longer lists into launches.
 constexpr int kSoupPointers = 1536, kSoupTensors = 256;
 #ifdef ZF_EMU
-constexpr int kSoupThreads = 32;
-constexpr long long kSoupPiece = 96;  // small: tests are to see several pieces
+constexpr int kSoupThreads = 64;  // small: tests are to see several pieces, and two warps in each
 #else
 constexpr int kSoupThreads = 256;
-constexpr long long kSoupPiece = 8192;
 #endif
+constexpr int kSoupEach = 16;  // elements of a piece that a thread has to itself
+constexpr long long kSoupPiece = (long long)kSoupThreads * kSoupEach;
+
+constexpr uint8_t kMixed = 255;
 
 struct SoupTensor {
   long long size, first;  // elements; first of its ceil(size / kSoupPiece) blocks
@@ -35,6 +37,8 @@ struct SoupList {
   const void* x[kSoupPointers];  // [tensors, models]
   SoupTensor tensor[kSoupTensors];
   uint8_t dtype[kSoupPointers];
+  uint8_t same[kSoupTensors];     // the dtype of all that belongs to a tensor, or kMixed
+  uint8_t aligned[kSoupTensors];  // 16-byte accesses are allowed
   int models, tensors;
   int stride, column;  // tensors of the whole call, and which of them is the first here
   long long blocks;
@@ -69,7 +73,7 @@ cudaError_t blend(const BlendJob& job, cudaStream_t stream);
 struct MultidotJob {
   SoupList list;
   const void* g[kSoupTensors];
-  double* part;  // [blocks, models]
+  double* part;  // [models, blocks]
   double* out;   // [models, stride]
   uint8_t g_dtype[kSoupTensors];
 };
@@ -78,11 +82,16 @@ cudaError_t multidot(const MultidotJob& job, cudaStream_t stream);
 struct GramJob {
   SoupList list;
   const void* base[kSoupTensors];  // null: zeros
-  double* part;                    // [blocks, models, models]
+  double* part;                    // [models (models + 1) / 2, blocks]
   double* out;                     // [stride, models, models]
   uint8_t base_dtype[kSoupTensors], wide[kSoupTensors];
 };
-cudaError_t gram(const GramJob& job, cudaStream_t stream);
+// Whether path "tensor" serves where a call leaves the choice: tensor cores that multiply float64 faster than all else,
+// and models enough to fill half of an operand.
+inline bool gram_by_tensor_cores(int capability, long long models) {
+  return capability >= 80 && capability % 10 == 0 && models >= 4;
+}
+cudaError_t gram(const GramJob& job, bool tensor, cudaStream_t stream);
 
 // --- apply_mask_, masked_step_
 // ------------------------------------------------------------------------------------------- Lists of tensors with
@@ -281,6 +290,7 @@ struct RegroupJob {
   const double* divisor;            // [groups] or null
   void* out;                        // [outer, groups, inner]
   int64_t outer, size, inner, groups, members, models;
+  bool aligned;  // 16-byte accesses are allowed
 };
 cudaError_t regroup(DType dtype, const RegroupJob& job, cudaStream_t stream);
 

@@ -2,54 +2,80 @@
 // masked_step_ on a GPU: a step of SGD, Adam or AdamW and the mask of weights and state, one launch for many tensors
 // (Frankle & Carbin 2019, section 2).
 //
-// A block owns kSoupPiece elements of one tensor, a thread eight of them at a time: a byte of the mask.  Where that
-// byte is 0, nothing is read and zeros are written.  The formula is that of rule.h; this file is compiled without
-// further contraction, so that the bits are those of the C++ kernel.  Bandwidth-bound.
-#include "cuda/launch.h"
+// A block owns kSoupPiece elements of one tensor, a thread groups of them: 16 bytes of weights or of state, whichever
+// are wider.  Where the bits of a group are 0, nothing of it is read and zeros are written; two groups are in flight.
+// The formula is that of rule.h; this file is compiled without further contraction, so that the bits are those of the
+// C++ kernel.  Bandwidth-bound.
 #include "cuda/mask.cuh"
 
 namespace zipfast::cuda {
 
 namespace {
 
-template <rule::StepKind kKind, class scalar_t, class state_t, class acc_t>
-__device__ inline void step_piece(const StepTensor& t, const rule::StepRule<acc_t>& r, int flags, long long begin,
-                                  long long end) {
+// kWhole: the piece is full, all of it aligned.
+template <rule::StepKind kKind, bool kWhole, class scalar_t, class state_t, class acc_t>
+__device__ inline void step_groups(const StepTensor& t, const rule::StepRule<acc_t>& r, int flags, long long begin,
+                                   long long end) {
+  constexpr int kCount = sizeof(state_t) > sizeof(scalar_t) ? kGroup<state_t> : kGroup<scalar_t>;
+  constexpr int kGroups = kSoupEach / kCount, kTogether = kWhole ? 2 : 1;
   scalar_t* param = static_cast<scalar_t*>(t.param);
   const scalar_t* grad = static_cast<const scalar_t*>(t.grad);
   state_t* moment = static_cast<state_t*>(t.moment);
   state_t* square = static_cast<state_t*>(t.square);
-  for (long long at = begin + (long long)threadIdx.x * kMaskByte; at < end; at += (long long)blockDim.x * kMaskByte) {
-    const unsigned byte = mask_byte(t.mask, at);
-    const int n = end - at < kMaskByte ? int(end - at) : kMaskByte;
-    const bool whole = t.aligned && n == kMaskByte;
-    scalar_t w[kMaskByte] = {}, g[kMaskByte] = {};
-    state_t m[kMaskByte] = {}, v[kMaskByte] = {};
-    if (byte != 0) {
-      load_eight(param + at, n, whole, w);
-      load_eight(grad + at, n, whole, g);
-      if constexpr (kKind != rule::kStepPlain) load_eight(moment + at, n, whole, m);
-      if constexpr (kKind == rule::kStepAdam) load_eight(square + at, n, whole, v);
-      ZF_UNROLL
-      for (int e = 0; e < kMaskByte; ++e) {
-        acc_t weight = acc_t(widen(w[e])), one = acc_t(widen(m[e])), two = acc_t(widen(v[e]));
-        rule::step_weight<kKind>(r, flags, weight, acc_t(widen(g[e])), one, two);
-        const bool alive = (byte >> e) & 1;
-        w[e] = alive ? narrow<scalar_t>(double(weight)) : scalar_t{};
-        m[e] = alive ? narrow<state_t>(double(one)) : state_t{};
-        v[e] = alive ? narrow<state_t>(double(two)) : state_t{};
-      }
+  const unsigned mask = mask_of_thread<kCount>(t.mask, begin, end);
+  for (int first = 0; first < kGroups; first += kTogether) {
+    scalar_t w[kTogether][kCount] = {}, g[kTogether][kCount] = {};
+    state_t m[kTogether][kCount] = {}, v[kTogether][kCount] = {};
+    ZF_UNROLL
+    for (int u = 0; u < kTogether; ++u) {
+      const long long at = begin + (long long)((first + u) * kSoupThreads + int(threadIdx.x)) * kCount, left = end - at;
+      const unsigned alive = mask >> (first + u) * kCount & ((1u << kCount) - 1);
+      if ((!kWhole && left <= 0) || alive == 0) continue;
+      const int n = !kWhole && left < kCount ? int(left) : kCount;
+      const bool whole = kWhole || (t.aligned && n == kCount);
+      load_group<kCount>(param + at, n, whole, w[u]);
+      load_group<kCount>(grad + at, n, whole, g[u]);
+      if constexpr (kKind != rule::kStepPlain) load_group<kCount>(moment + at, n, whole, m[u]);
+      if constexpr (kKind == rule::kStepAdam) load_group<kCount>(square + at, n, whole, v[u]);
     }
-    store_eight(param + at, n, whole, w);
-    if constexpr (kKind != rule::kStepPlain) store_eight(moment + at, n, whole, m);
-    if constexpr (kKind == rule::kStepAdam) store_eight(square + at, n, whole, v);
+    ZF_UNROLL
+    for (int u = 0; u < kTogether; ++u) {
+      const long long at = begin + (long long)((first + u) * kSoupThreads + int(threadIdx.x)) * kCount, left = end - at;
+      const unsigned alive = mask >> (first + u) * kCount & ((1u << kCount) - 1);
+      if (!kWhole && left <= 0) continue;
+      if (alive != 0) {
+        ZF_UNROLL
+        for (int e = 0; e < kCount; ++e) {
+          acc_t weight = acc_t(widen(w[u][e])), one = acc_t(widen(m[u][e])), two = acc_t(widen(v[u][e]));
+          rule::step_weight<kKind>(r, flags, weight, acc_t(widen(g[u][e])), one, two);
+          const bool lives = alive >> e & 1;
+          w[u][e] = lives ? narrow<scalar_t>(double(weight)) : scalar_t{};
+          m[u][e] = lives ? narrow<state_t>(double(one)) : state_t{};
+          v[u][e] = lives ? narrow<state_t>(double(two)) : state_t{};
+        }
+      }
+      const int n = !kWhole && left < kCount ? int(left) : kCount;
+      const bool whole = kWhole || (t.aligned && n == kCount);
+      store_group<kCount>(param + at, n, whole, w[u]);
+      if constexpr (kKind != rule::kStepPlain) store_group<kCount>(moment + at, n, whole, m[u]);
+      if constexpr (kKind == rule::kStepAdam) store_group<kCount>(square + at, n, whole, v[u]);
+    }
   }
+}
+
+template <rule::StepKind kKind, class scalar_t, class state_t, class acc_t>
+__device__ inline void step_piece(const StepTensor& t, const rule::StepRule<acc_t>& r, int flags, long long begin,
+                                  long long end) {
+  if (t.aligned && end - begin == kSoupPiece)
+    step_groups<kKind, true, scalar_t, state_t>(t, r, flags, begin, end);
+  else
+    step_groups<kKind, false, scalar_t, state_t>(t, r, flags, begin, end);
 }
 
 }  // namespace
 
 template <rule::StepKind kKind>
-__global__ void masked_step_kernel(const __grid_constant__ StepJob job) {
+__global__ void __launch_bounds__(kSoupThreads, 3) masked_step_kernel(const __grid_constant__ StepJob job) {
   const SoupPlace place = soup_place(job, blockIdx.x);
   const StepTensor& t = job.tensor[place.tensor];
   const bool half_state = DType(t.state) != DType::f32;

@@ -22,6 +22,7 @@ Tensor multidot_cuda(const std::vector<Tensor>& g, const std::vector<Tensor>& x)
     keep.push_back(as_contiguous(g[j]));
     job->g[slot] = keep.back().const_data_ptr();
     job->g_dtype[slot] = uint8_t(dtype_of("multidot", g[j]));
+    soup_joins(job->list, slot, job->g[slot], dtype_of("multidot", g[j]));
   };
   soup_launches("multidot", x, models, keep, job->list, fill, [&] {
     const Tensor part = new_empty(g[0], {std::max<int64_t>(job->list.blocks, 1) * models}, ScalarType::Double);

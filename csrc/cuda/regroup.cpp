@@ -32,6 +32,8 @@ Tensor regroup_cuda(const std::vector<Tensor>& x, const Tensor& order_, const Te
   job.divisor = divisor ? divisor->const_data_ptr<double>() : nullptr;
   job.out = out.mutable_data_ptr();
   job.outer = view.outer, job.size = view.size, job.inner = view.inner;
+  job.aligned = reinterpret_cast<uintptr_t>(job.out) % 16 == 0;
+  for (size_t m = 0; m < x.size(); ++m) job.aligned &= reinterpret_cast<uintptr_t>(job.x[m]) % 16 == 0;
   job.groups = groups, job.members = order.size(0), job.models = int64_t(x.size());
   check_launch("regroup", cuda::regroup(dtype_of("regroup", x[0]), job, scope.stream));
   return out;

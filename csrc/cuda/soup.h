@@ -8,8 +8,14 @@
 
 namespace zipfast {
 
-// Calls `launch(list, begin, end)` for runs of tensors [begin, end) of `x` = [models, count]; `fill(list, slot, j)` may
-// refuse nothing, it only sets what else belongs to tensor j.
+// What else belongs to a tensor of the list, beside its k models.
+inline void soup_joins(cuda::SoupList& list, int slot, const void* data, DType dtype) {
+  if (list.same[slot] != uint8_t(dtype)) list.same[slot] = cuda::kMixed;
+  list.aligned[slot] = list.aligned[slot] && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
+// Calls `launch()` for runs of tensors of `x` = [models, count] that fit into one; `fill(slot, j)` sets what else
+// belongs to tensor j.
 template <class Fill, class Launch>
 void soup_launches(const char* op, const std::vector<Tensor>& x, int64_t models, std::vector<Tensor>& keep,
                    cuda::SoupList& list, Fill&& fill, Launch&& launch) {
@@ -29,12 +35,14 @@ void soup_launches(const char* op, const std::vector<Tensor>& x, int64_t models,
     const int64_t size = x[j].numel();
     list.tensor[slot] = {size, list.blocks};
     list.blocks += (size + cuda::kSoupPiece - 1) / cuda::kSoupPiece;
+    list.same[slot] = uint8_t(dtype_of(op, x[j])), list.aligned[slot] = true;
     for (int64_t i = 0; i < models; ++i) {
       const Tensor& t = x[i * count + j];
       STD_TORCH_CHECK(t.numel() == size, op, ": malformed lists");
       keep.push_back(as_contiguous(t));
       list.x[slot * models + i] = keep.back().const_data_ptr();
       list.dtype[slot * models + i] = uint8_t(dtype_of(op, t));
+      soup_joins(list, slot, list.x[slot * models + i], dtype_of(op, t));
     }
     fill(slot, j);
   }

@@ -11,7 +11,7 @@ from torch import Tensor
 from zipfast.ops import apply_mask_
 
 F32, F64, F16, BF16 = DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SIZES = (0, 1, 7, 8, 9, 31, 32, 33, 95, 96, 97, 511, 512, 513)  # 32: a word of the mask; 96: a block of the emulator
+SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 511, 512, 513, 1023, 1024, 1025, 2053)  # 1024: a block of the emulator
 LARGE = (65535, 65536, 65537, 3_000_001)  # 65536: a piece of the C++ kernel; the call is large enough to be streamed
 TENSORS = 256  # of one CUDA launch
 NAN, INF = torch.nan, torch.inf
@@ -89,6 +89,29 @@ def test_every_value_keeps_its_bits(backend: str, device: str, dtype: torch.dtyp
     keep: list[Tensor | None] = [torch.arange(140) % 3 == 0]
     check([values], keep, [], device)
     check([torch.ones(140, dtype=dtype)], keep, [values], device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dead_and_living_groups(backend: str, device: str, dtype: torch.dtype) -> None:
+    # of 2, 4 and 8 elements: bytes of the mask that are 0, full, half full and anything
+    byte = torch.arange(256).repeat(5)[:, None] >> torch.arange(8) & 1
+    keep: list[Tensor | None] = [byte.bool().reshape(-1)[: 10240 - 3]]
+    value = noise(10240 - 3, seed=0, dtype=dtype)
+    check([value], keep, [], device)
+    check([torch.full_like(value, NAN)], keep, [value], device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_unaligned_pieces(backend: str, device: str, dtype: torch.dtype, offset: int) -> None:
+    n = 1100
+    keep, value = alive(n, seed=2, density=0.8), noise(n, seed=1, dtype=dtype)
+    for at, of in ((offset, 8), (8, offset), (offset, offset)):
+        whole = torch.full((n + 16,), 5.0, dtype=dtype, device=device)
+        source = torch.cat([value.new_zeros(of), value]).to(device)[of:]
+        apply_mask_([whole[at : at + n]], [pack(keep).to(device)], [source])
+        assert torch.equal(whole[at : at + n].cpu(), torch.where(keep, value, 0.0))
+        assert whole[:at].eq(5).all() and whole[at + n :].eq(5).all()
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])

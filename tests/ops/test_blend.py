@@ -14,8 +14,9 @@ from zipfast.ops import blend_
 from zipfast.ops.blend import FINITE
 
 F32, F64, F16, BF16 = DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SIZES = (0, 1, 31, 32, 33, 95, 96, 97, 511, 512, 513)  # 96: a block of the emulator, 512: of the C++ kernel
-LARGE = (65535, 65536, 65537)  # 65536: a piece of the C++ kernel; 8192, of a CUDA block, divides it
+SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 511, 512, 513)  # 4, 8: 16 bytes; 512: a block of the C++ kernel
+PIECES = (1023, 1024, 1025, 2053)  # 1024: a block of the emulator
+LARGE = (65535, 65536, 65537)  # 65536: a piece of the C++ kernel; 4096, of a CUDA block, divides it
 TENSORS, POINTERS = 256, 1536  # of one CUDA launch
 INF, NAN = torch.inf, torch.nan
 
@@ -93,6 +94,39 @@ def test_sizes(backend: str, device: str, dtype: torch.dtype, k: int) -> None:
     check([dtype] * len(SIZES), x, weights(k, len(SIZES)), device)
     for j in range(len(SIZES)) if k == 2 else ():
         check([dtype], x[j :: len(SIZES)], weights(k, 1), device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 4, 5, 9])
+def test_several_pieces(backend: str, device: str, dtype: torch.dtype, k: int) -> None:
+    x = [noise(n, seed=31 * i + n, dtype=dtype) for i in range(k) for n in PIECES]
+    x[2][1024], x[3][2050] = NAN, INF  # behind whole groups, and in a ragged one
+    check([dtype] * 4, x, weights(k, 4), device)
+    check([F64 if dtype == F32 else F32] * 4, [*x[:-4], *(t.to(BF16) for t in x[-4:])], weights(k, 4), device)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_misaligned(backend: str, device: str, dtype: torch.dtype | None, offset: int) -> None:
+    # views that begin inside a 16-byte word, as the tensors of a flat buffer do; None: dtypes mixed.  Beside them lies
+    # what must not be touched.
+    n, k = 1100, 5
+    kinds = [dtype or DTYPES[i % 4] for i in range(k)]
+    data = [noise(n, seed=i, dtype=kind) for i, kind in enumerate(kinds)]
+    data[3][n - 1] = NAN
+    weight = weights(k, 1)
+    want, wrong = definition(kinds[0], data, weight[:, 0].tolist())
+    for moved in (0, k - 1, k):  # one input, the last one, or the output alone
+        x = [torch.full((n + 16,), 5.0, dtype=d, device=device)[(o := offset * (i == moved)) : o + n]
+             for i, d in enumerate(kinds)]  # fmt: skip
+        for view, value in zip(x, data):
+            view.copy_(value)
+        whole = torch.full((n + 16,), 7.0, dtype=kinds[0], device=device)
+        at = offset if moved == k else 8
+        bad = torch.full((k + 1, 1), FINITE, device=device)
+        blend_([whole[at : at + n]], bad, x, weight.to(device))
+        assert same_bits(whole[at : at + n], want) and bad[:, 0].tolist() == wrong
+        assert whole[:at].eq(7).all() and whole[at + n :].eq(7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,8 +15,9 @@ import zipfast
 from zipfast.ops import gram
 
 F32, F64, F16, BF16 = DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SIZES = (0, 1, 31, 32, 33, 95, 96, 97, 255, 256, 257, 511, 512, 513)  # 256: a block of C++, 64 and 96 of the emulator
-LARGE = (65535, 65536, 65537)  # 65536: a piece of the C++ kernel; 8192, of a CUDA block, divides it
+SIZES = (0, 1, 3, 4, 5, 31, 32, 33, 255, 256, 257, 511, 512, 513)  # 4: 16 bytes; 256: a block of C++, a tile of CUDA
+PIECES = (1023, 1024, 1025, 2053)  # 1024: a block of the emulator
+LARGE = (65535, 65536, 65537)  # 65536: a piece of the C++ kernel; 4096, of a CUDA block, divides it
 # Error of a sum, divided by the norms of its two rows; worst seen 9.9e-15: test_large_sizes, torch, 65537 elements.
 TOLERANCE = 4e-14
 
@@ -114,6 +115,62 @@ def test_many_models(backend: str, device: str, k: int) -> None:
     x = [noise(n, seed=i + n) for i in range(k) for n in (70, 0, 1)]
     got = check(x, k, [noise(n, seed=n) for n in (70, 0, 1)], device, exact=False)
     assert torch.linalg.eigvalsh(got[0]).min() > -1e-12 * got[0].trace()
+
+
+@pytest.mark.parametrize("backend", ["emu", "cuda"], indirect=True)
+@pytest.mark.parametrize("path", ["plain", "tensor"])
+@pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
+@pytest.mark.parametrize("k", [1, 3, 8, 9, 16, 17, 32, 33, 70])  # 8, 16, 32: of the operands of a tensor core
+def test_paths(backend: str, device: str, dtype: torch.dtype | None, k: int, path: str) -> None:
+    sizes = (1, 15, 16, 17, 70, 1025) if k < 4 else (33, 150) if k < 17 else (1, 37)
+    x = [noise(n, seed=i + n, dtype=dtype or DTYPES[i % 4]) for i in range(k) for n in sizes]
+    for base in ([], [noise(n, seed=n, dtype=dtype or F32) for n in sizes]):
+        got = gram([t.to(device) for t in x], k, [t.to(device) for t in base], path).cpu()
+        with zipfast.backend("torch"):
+            want = gram(x, k, base)
+        norm = want.diagonal(dim1=1, dim2=2).sqrt()
+        assert torch.equal(got, got.mT)
+        assert ((got - want).abs() <= TOLERANCE * norm[:, :, None] * norm[:, None]).all()
+
+
+@pytest.mark.parametrize("backend", ["emu", "cuda"], indirect=True)
+@pytest.mark.parametrize("path", ["plain", "tensor"])
+def test_paths_are_exact_on_integers(backend: str, device: str, path: str) -> None:
+    for k, n in ((2, 1100), (13, 200), (40, 50)):
+        whole = torch.randint(-2047, 2048, (k, n), generator=torch.Generator().manual_seed(n))
+        x = [t.to(device) for t in whole.float()]
+        assert torch.equal(gram(x, k, [], path)[0].cpu(), (whole @ whole.T).double())
+        moved = whole - whole[1]
+        assert torch.equal(gram(x, k, x[1:2], path)[0].cpu(), (moved @ moved.T).double())
+
+
+@pytest.mark.parametrize("backend", ["emu", "cuda"], indirect=True)
+def test_proof_of_the_path_of_tensor_cores(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gram.paths.prove(torch.device(device)) is None
+    with zipfast.backend("torch"):  # whose results do not depend on the path: made to
+        monkeypatch.setattr(gram, "reference", lambda x, k, base, path: torch.zeros(1) + (path == "tensor"))
+        assert gram.paths.prove(torch.device("cpu")) == "path 'tensor' differs for 5 models"
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_misaligned(backend: str, device: str, offset: int) -> None:
+    # the same bits, wherever tensors lie: shapes alone decide who adds what
+    for dtype in (*DTYPES, None):
+        data = [noise(700, seed=i, dtype=dtype or DTYPES[i % 4]).to(device) for i in range(4)]
+        want = gram(data[:3], 3, data[3:])
+        for moved in range(4):
+            views = [torch.cat([t.new_zeros(offset), t])[offset:] if i == moved else t for i, t in enumerate(data)]
+            got = gram(views[:3], 3, views[3:])
+            if backend == "torch":
+                torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+            else:
+                assert torch.equal(got, want)
+
+
+def test_several_pieces(backend: str, device: str) -> None:
+    for k, dtype in ((2, F32), (5, BF16)):
+        x = [noise(n, seed=i + n, dtype=dtype) for i in range(k) for n in PIECES]
+        check(x, k, [noise(n, seed=n) for n in PIECES], device, exact=False)
 
 
 def test_most_models(backend: str, device: str) -> None:

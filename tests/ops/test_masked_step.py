@@ -16,7 +16,7 @@ import zipfast
 from zipfast.ops import masked_step_
 
 F32, F64, F16, BF16 = DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SIZES = (0, 1, 7, 8, 9, 31, 32, 33, 95, 96, 97, 511, 512, 513)  # 32: a word of the mask; 96: a block of the emulator
+SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 511, 512, 513, 1023, 1024, 1025, 2053)  # 1024: a block of the emulator
 LARGE = (65535, 65536, 65537)  # 65536: a piece of the C++ kernel
 TENSORS = 256  # of one CUDA launch
 NAN, INF = torch.nan, torch.inf
@@ -227,6 +227,7 @@ def test_large(fast_backend: str, device: str, density: float, rule: Rule, toler
 def test_dtypes_side_by_side(backend: str, device: str, rule: Rule, tolerance) -> None:
     pairs = [(F32, F32), (F16, F32), (F64, F64), (BF16, BF16), (BF16, F32), (F16, F16)]
     agrees_with_reference(replace(rule, step=2), [(9, 11)] * 6, pairs, device, tolerance)
+    agrees_with_reference(replace(rule, step=2), [(33, 40)] * 6, pairs, device, tolerance, 0.2)
 
 
 @pytest.mark.parametrize("count", [TENSORS, TENSORS + 1, 550])
@@ -276,6 +277,28 @@ def test_no_masks(backend: str, device: str) -> None:
         run(SGD, [w], [], [g], mask)
         results.append(w)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("rule", [replace(MOMENTUM, step=2), replace(ADAM, step=2)], ids=lambda r: r.rule)
+@pytest.mark.parametrize("moved", range(4))
+def test_one_of_them_unaligned(backend: str, device: str, rule: Rule, moved: int) -> None:
+    # weights, gradients and states of a flat buffer: whichever begins inside a 16-byte word, the bits stay
+    n = 1100
+    for dtype, state in ((F32, F32), (F64, F64), (BF16, BF16), (F16, F32)):
+        keep, results = alive(n, seed=0, density=0.7), []
+        for offset in (0, 1):
+            kinds = [dtype, dtype, *[state] * rule.states]
+            whole = [noise(n + 8, seed=s, dtype=d).abs().to(device) for s, d in enumerate(kinds)]
+            begin = [8 - offset * (s == moved) for s in range(len(kinds))]
+            views = [t[b : b + n] for t, b in zip(whole, begin)]
+            for view, s in zip(views, range(len(kinds))):
+                view.copy_(noise(n, seed=50 + s, dtype=kinds[s]).abs())
+            before = [t.clone() for t in whole]
+            run(rule, views[:1], [[t] for t in views[2:]], views[1:2], [pack(keep).to(device)])
+            for t, old, b in zip(whole, before, begin):
+                assert torch.equal(t[:b], old[:b]) and torch.equal(t[b + n :], old[b + n :])
+            results.append([views[0].clone(), *(t.clone() for t in views[2:])])
+        assert all(torch.equal(words(a), words(b)) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("offset", [1, 3])

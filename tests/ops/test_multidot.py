@@ -15,8 +15,9 @@ import zipfast
 from zipfast.ops import multidot
 
 F32, F64, F16, BF16 = DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SIZES = (0, 1, 31, 32, 33, 95, 96, 97, 511, 512, 513)  # 32: the lanes of the C++ kernel, 96: a block of the emulator
-LARGE = (16383, 16384, 16385, 65535, 65536, 65537)  # 16384: a piece of the C++ kernel; 8192: a CUDA block
+SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 511, 512, 513)  # 4, 8: 16 bytes; 32: the lanes of the C++ kernel
+PIECES = (1023, 1024, 1025, 2053)  # 1024: a block of the emulator
+LARGE = (16383, 16384, 16385, 65535, 65536, 65537)  # 16384: a piece of the C++ kernel; 4096: a CUDA block
 # Error of a sum, divided by the sum of the magnitudes of its terms; worst seen 3.9e-15: test_strided, torch.
 TOLERANCE = 2e-14
 
@@ -68,6 +69,39 @@ def test_sizes(backend: str, device: str, dtype: torch.dtype, k: int) -> None:
     assert got[:, 0].eq(0).all()
     for j in range(len(SIZES)) if k == 2 else ():  # alone as in a list
         assert torch.equal(run([g[j]], x[j :: len(SIZES)], device), got[:, j : j + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 3, 34])  # 32 models fit between two barriers
+def test_several_pieces(backend: str, device: str, dtype: torch.dtype, k: int) -> None:
+    sizes = PIECES if k < 34 else PIECES[:2]
+    g, x = [noise(n, seed=n, dtype=dtype) for n in sizes], [noise(n, seed=i + n) for i in range(k) for n in sizes]
+    check(g, [t.to(dtype) for t in x], device)
+    if k == 3:
+        check(g, [t.to(DTYPES[i % 4]) for i, t in enumerate(x)], device)
+
+
+def test_more_pieces_than_a_block_adds_at_once(backend: str, device: str) -> None:
+    n = 1024 * 64 * 8 + 1024 * 65  # 64 threads of the emulator, eight pieces each
+    g, x = torch.ones(n), torch.arange(n) % 1000
+    assert run([g], [x.float()], device).item() == x.sum().item()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_misaligned(backend: str, device: str, dtype: torch.dtype | None, offset: int) -> None:
+    # the same bits, wherever tensors lie: shapes alone decide who adds what
+    kinds, n = [dtype or DTYPES[i % 4] for i in range(4)], 2100
+    data = [noise(n, seed=i, dtype=kind).to(device) for i, kind in enumerate(kinds)]
+    want = multidot(data[:1], data[1:])
+    for moved in range(4):
+        views = [torch.cat([t.new_zeros(offset), t])[offset:] if i == moved else t for i, t in enumerate(data)]
+        assert views[moved].storage_offset() == offset
+        got = multidot(views[:1], views[1:])
+        if backend == "torch":  # whose dot product follows the alignment
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        else:
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

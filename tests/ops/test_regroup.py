@@ -104,6 +104,23 @@ def test_sizes(backend: str, device: str, size: int, inner: int) -> None:
         assert same_bits(got, torch.from_numpy(definition(x, order, start, divisor, 1)).float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inner", [2, 4, 8, 12, 24])
+def test_wide_rows(backend: str, device: str, dtype: torch.dtype, inner: int) -> None:
+    # 16 bytes at a time where `inner` is a multiple of them, unless a tensor begins inside of such a word; sizes on both
+    # sides of 1000, from which on the emulator's indices have 64 bits
+    for size, outer in ((5, 2), (40, 3)):
+        order, start, divisor = case(2, size, 7, seed=inner, device=device)
+        drawn = torch.randn(2, outer, size, inner, generator=torch.Generator().manual_seed(inner)).to(dtype)
+        x = [t.clone() for t in drawn]
+        want = torch.from_numpy(definition(x, order, start, divisor, 1)).to(dtype)
+        assert same_bits(regroup([t.to(device) for t in x], order, start, divisor, 1), want)
+        for moved in range(2):
+            flat = [torch.cat([t.new_zeros(int(i == moved)), t.flatten()]).to(device) for i, t in enumerate(x)]
+            views = [t[int(i == moved) :].view(outer, size, inner) for i, t in enumerate(flat)]
+            assert same_bits(regroup(views, order, start, divisor, 1), want)
+
+
 @pytest.mark.parametrize("size", [0, 3])
 def test_no_groups(backend: str, device: str, size: int) -> None:
     x = [torch.randn(2, size, 4, device=device)]

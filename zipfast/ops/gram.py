@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
+from ._paths import Paths
 from ._registry import op
 
 NAME = "gram"
@@ -31,12 +32,31 @@ def _contract(x: list[Tensor], models: int, base: list[Tensor]) -> None:
                 raise ValueError(f"{NAME}: '{name}[{i}]' must have the shape {wanted} of model 0, got {list(t.shape)}")
 
 
-def _fake(x: list[Tensor], models: int, base: list[Tensor]) -> Tensor:
+def _fake(x: list[Tensor], models: int, base: list[Tensor], path: str = "auto") -> Tensor:
     return x[0].new_empty((len(x) // models, models, models), dtype=torch.float64)
 
 
-@op("gram(Tensor[] x, int models, Tensor[] base) -> Tensor", contract=_contract, fake=_fake)
-def gram(x: list[Tensor], models: int, base: list[Tensor]) -> Tensor:
+def _prove(device: torch.device) -> str | None:
+    """Path "tensor" against the first one, on whole numbers, whose sums are exact: operands of every number of models."""
+    for models in (5, 13, 29, 70):
+        whole = torch.arange(models * 301, device=device).mul(40503).remainder(8191) - 4095
+        x = list(whole.reshape(models, 301).float().unbind())
+        plain, tensor = (gram(x, models, x[1:2], path) for path in PATHS.names)
+        if not torch.equal(plain, tensor):
+            return f"path 'tensor' differs for {models} models"
+    return None
+
+
+PATHS = Paths(("plain", "tensor"), _prove)
+
+
+@op(
+    'gram(Tensor[] x, int models, Tensor[] base, str path="auto") -> Tensor',
+    contract=_contract,
+    fake=_fake,
+    paths=PATHS,
+)
+def gram(x: list[Tensor], models: int, base: list[Tensor], path: str = "auto") -> Tensor:
     r"""Inner products of the differences of k models from a base, for each tensor.
 
     .. math:: out_{jab} = \langle x_{a,j} - base_j, \; x_{b,j} - base_j \rangle
@@ -48,6 +68,8 @@ def gram(x: list[Tensor], models: int, base: list[Tensor]) -> Tensor:
         x: k · tensors, those of model 0 first: float32, float64, float16 or bfloat16; dtypes may differ.
         models: k, up to 256.
         base: a tensor for each, or an empty list for 0.
+        path: which CUDA kernel: ``"plain"`` runs on every GPU, ``"tensor"`` has the tensor cores multiply float64 numbers;
+            ``"auto"`` takes it where these are fast (A100, H100, H200) and there are four models or more.
 
     Returns:
         float64 [tensors, k, k], symmetric to the bit.
