@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: Apache-2.0
+// The matcher's board: the memory of one space, what a block does with its rows, and the barrier among the blocks that
+// share the space.  zip_match.cu plays on it, in rounds or one merge after the other.
+//
+// The matrix never says what is forbidden.  A pair is forbidden if its slots share an exhausted model or one of them
+// has left the pool (rule::forbids); in compat mode, where -inf is inherited, a slot therefore also carries the
+// exhausted models of what it took in: the groups that could meet a -inf are exactly those that share such a model.  So
+// the matrix depends on the merges alone, and on them only as a tree: every entry is the smallest of the input's
+// entries between the two groups, each multiplied by alpha as many times as its two features were merged (min and
+// rounding commute).  That is what `rebuild` relies on, which is why no second copy is kept for taking merges back.
+#pragma once
+#include "cuda/scope.cuh"
+#include "cuda/launch.h"
+#include "rule.h"
+#ifdef ZF_EMU
+#include <thread>
+#endif
+
+namespace zipfast::cuda {
+
+#ifdef ZF_EMU
+constexpr int kMatchTile = 16;
+#else
+constexpr int kMatchTile = 64;
+#endif
+constexpr int kMatchWarps = kMatchThreads / 32, kMostModels = 31;
+constexpr int kAhead = 4;  // 16-byte accesses that a lane has under way
+
+// 16 bytes of a row.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
+// What the blocks of a space share besides the arrays; the counter has a line of its own.
+struct alignas(128) MatchState {
+  unsigned arrived;  // at barriers, by all blocks
+  alignas(128) int count;
+  int event;     // position of the first merge of the phase that exhausts a model
+  int grouped;   // entries of MatchWork::grouped
+  int finished;  // whether the tail made all merges
+  int left[kMostModels];
+};
+
+// The scratch memory of a space: state, matrix, two arrays of values, the arrays of ints, one edge a block.
+template <class scalar_t>
+__host__ __device__ inline int64_t match_stride(int64_t n) {
+  constexpr int64_t kPack = Pack<scalar_t>::kSize;
+  return (n + kPack - 1) / kPack * kPack;
+}
+constexpr int kMatchInts = 15;
+template <class scalar_t>
+__host__ __device__ inline int64_t match_bytes(int64_t n, int64_t blocks) {
+  const int64_t bytes = int64_t(sizeof(MatchState)) + (n + 2) * match_stride<scalar_t>(n) * int64_t(sizeof(scalar_t)) +
+                        kMatchInts * ((n + 3) / 4 * 4) * int64_t(sizeof(int)) +
+                        blocks * int64_t(sizeof(Edge<scalar_t>));
+  return (bytes + 127) / 128 * 128;
+}
+
+// Few registers: what is here is computed from two addresses.  [n] unless said otherwise.
+template <class scalar_t>
+class MatchWork {
+ public:
+  __device__ MatchWork(char* scratch, int n)
+      : stride_(int(match_stride<scalar_t>(n))),
+        ints_((n + 3) / 4 * 4),
+        state_(reinterpret_cast<MatchState*>(scratch)),
+        bound_(reinterpret_cast<scalar_t*>(state_ + 1) + int64_t(n) * stride_) {}
+  __device__ MatchState* state() const { return state_; }
+  // [n, stride]; the diagonal and what lies beyond n are -inf.
+  __device__ scalar_t* row(int k) const { return reinterpret_cast<scalar_t*>(state_ + 1) + int64_t(k) * stride_; }
+  __device__ scalar_t* bound() const { return bound_; }            // row maxima
+  __device__ scalar_t* value() const { return bound_ + stride_; }  // of the phase's merges
+  __device__ int* models() const { return ints(0); }               // of each slot, and rule::kGone
+  __device__ int* saved() const { return ints(1); }                // models as the phase began
+  __device__ int* arg() const { return ints(2); }                  // first column of the row maximum, -1: none
+  __device__ int* stamp() const { return ints(3); }                // round of the slot's last merge
+  __device__ int* parent() const { return ints(4); }               // slot that it was merged into; itself while alive
+  __device__ int* place() const { return ints(5); }                // as which merge of that slot
+  __device__ int* merges() const { return ints(6); }               // in which the slot took another one in
+  __device__ int* row_of() const { return ints(7); }               // the phase's merges, in rounds: slots i < j
+  __device__ int* col_of() const { return ints(8); }
+  __device__ int* shared() const { return ints(9); }    // models on both sides
+  __device__ int* rank() const { return ints(10); }     // position of each in the phase; numbers of the groups at last
+  __device__ int* first() const { return ints(11); }    // after a rebuild: members of each group but its slot, as lists
+  __device__ int* sibling() const { return ints(12); }  // the next of them, -1: none
+  __device__ int* depth() const { return ints(13); }    // merges that a feature took part in
+  __device__ int* grouped() const { return ints(14); }  // groups of more than one
+  __device__ int* dirty() const { return ints(10); }    // one after the other: rows to look at
+  __device__ Edge<scalar_t>* best() const { return reinterpret_cast<Edge<scalar_t>*>(ints(kMatchInts)); }  // [blocks]
+
+ private:
+  __device__ int* ints(int a) const { return reinterpret_cast<int*>(bound_ + 2 * stride_) + int64_t(a) * ints_; }
+  int stride_, ints_;
+  MatchState* state_;
+  scalar_t* bound_;
+};
+
+template <class scalar_t>
+struct MatchShared {
+  Edge<scalar_t> scratch[kMatchWarps];
+  int live[kMatchThreads], dirty[kMatchThreads];  // rows of the batch at hand; the latter are looked at again
+  int lives, dirties, at;
+  int left[kMostModels + 1], charge[kMostModels + 1];
+  int head;
+  scalar_t tile[kMatchTile][kMatchTile + 1];
+};
+
+template <class scalar_t>
+class MatchBoard {
+ public:
+  using Packed = Pack<scalar_t>;
+  static constexpr int kSize = Packed::kSize;
+  static constexpr int kChunk = 32 * kAhead;  // packs of a row that a warp takes at once
+
+  __device__ MatchBoard(const MatchJob& job, const MatchSpace& space, MatchShared<scalar_t>& shared)
+      : n_(space.n),
+        packs_(int(match_stride<scalar_t>(space.n) / kSize)),
+        block_(int(blockIdx.x) - space.block),
+        blocks_(space.blocks),
+        alpha_(scalar_t(job.alpha)),
+        compat_(job.compat),
+        w_(static_cast<char*>(job.scratch) + space.scratch, space.n),
+        m_(shared) {}
+
+ protected:
+  static __device__ scalar_t none() { return -scalar_t(INFINITY); }
+  __device__ int lane() const { return int(threadIdx.x % 32); }
+  __device__ int warp() const { return int(threadIdx.x / 32); }
+  // Threads and warps of all blocks of the space.
+  __device__ int thread() const { return block_ * kMatchThreads + int(threadIdx.x); }
+  __device__ int threads() const { return blocks_ * kMatchThreads; }
+  __device__ int warps() const { return blocks_ * kMatchWarps; }
+  // Row k is of block k % blocks_.
+  __device__ int own_rows() const { return (n_ - block_ + blocks_ - 1) / blocks_; }
+
+  __device__ scalar_t* row(int k) const { return w_.row(k); }
+  __device__ Packed* packs(int k) const { return reinterpret_cast<Packed*>(row(k)); }
+  __device__ bool alive(int k) const { return w_.models()[k] >= 0; }
+  __device__ Edge<scalar_t> no_edge() const { return {none(), n_, n_}; }
+  __device__ static Edge<scalar_t> edge(int k, scalar_t value, int c) { return {value, k < c ? k : c, k < c ? c : k}; }
+  __device__ static void improve(Edge<scalar_t>& best, const Edge<scalar_t>& e) {
+    if (precedes(e, best)) best = e;
+  }
+  __device__ scalar_t merged(scalar_t a, scalar_t b) const { return rule::merged_similarity(alpha_, a, b); }
+
+  // All blocks of the space wait for each other, and see what any wrote before.  The counter only grows.
+  __device__ void meet() {
+    __syncthreads();
+    if (blocks_ == 1) return;
+    met_ += unsigned(blocks_);
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(&w_.state()->arrived, 1u);
+#ifdef ZF_EMU
+      while (int(__atomic_load_n(&w_.state()->arrived, __ATOMIC_RELAXED) - met_) < 0) std::this_thread::yield();
+#else
+      while (int(*static_cast<volatile unsigned*>(&w_.state()->arrived) - met_) < 0) {
+      }
+#endif
+      __threadfence();
+    }
+    __syncthreads();
+  }
+
+  // One warp: first edge of a part of row k over the allowed columns, as {value, 0, column}; valid in every lane.
+  __device__ Edge<scalar_t> scan(int k, int part, int parts, int exhausted) const {
+    const int forbidden = rule::forbids(w_.models()[k], exhausted), size = (packs_ + parts - 1) / parts;
+    const int begin = part * size, end = begin + size < packs_ ? begin + size : packs_;
+    const Packed* r = packs(k);
+    Edge<scalar_t> best{none(), 0, n_};
+    for (int p = begin + lane(); p < end; p += kChunk) {
+      Packed x[kAhead];
+      Pack<int> models[kAhead];  // of four columns, of which doubles have two
+      ZF_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        const int q = p + 32 * u;
+        if (q >= end) continue;
+        x[u] = r[q];
+        load_models(models[u], q);
+      }
+      ZF_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        const int q = p + 32 * u;
+        if (q >= end) continue;
+        ZF_UNROLL
+        for (int e = 0; e < kSize; ++e)
+          if (!(models[u].at[e] & forbidden) && x[u].at[e] > best.value)
+            best.value = x[u].at[e], best.col = q * kSize + e;
+      }
+    }
+    return warp_first(best);
+  }
+  __device__ void load_models(Pack<int>& models, int pack) const {
+    if constexpr (kSize == 4) {
+      models = reinterpret_cast<const Pack<int>*>(w_.models())[pack];
+    } else {
+      struct alignas(8) Two {
+        int a, b;
+      };
+      const Two two = reinterpret_cast<const Two*>(w_.models())[pack];
+      models.at[0] = two.a, models.at[1] = two.b;
+    }
+  }
+
+  // The block: looks at the rows of a list again.  Few rows are cut into parts, so that no warp idles.  What becomes of
+  // a row counts for `mine` of one thread.
+  __device__ void rescan(const int* list, int rows, int exhausted, Edge<scalar_t>& mine) {
+    int parts = kMatchWarps;
+    while (parts > 1 && parts * rows > kMatchWarps) parts /= 2;
+    const int part = warp() % parts, step = kMatchWarps / parts;
+    for (int base = 0; base < rows; base += step) {
+      const int q = base + warp() / parts;
+      Edge<scalar_t> best{none(), 0, n_};
+      if (q < rows) best = scan(list[q], part, parts, exhausted);
+      if (parts > 1) {
+        if (lane() == 0) m_.scratch[warp()] = best;
+        __syncthreads();
+        if (part == 0 && lane() == 0)
+          for (int other = 1; other < parts; ++other) improve(best, m_.scratch[warp() + other]);
+        __syncthreads();
+      }
+      if (part || lane() || q >= rows) continue;
+      const int k = list[q];
+      w_.bound()[k] = best.value;
+      w_.arg()[k] = best.value == none() ? -1 : best.col;
+      if (best.value != none()) improve(mine, edge(k, best.value, best.col));
+    }
+  }
+
+  // One warp: row k's columns after the merges [first, last) of one round, in which no slot has two.
+  __device__ void merge_columns(int k, int first, int last) {
+    scalar_t* r = row(k);
+    for (int t = first + lane(); t < last; t += kChunk) {
+      int i[kAhead];
+      scalar_t v[kAhead];
+      ZF_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        if (t + 32 * u >= last) continue;
+        i[u] = w_.row_of()[t + 32 * u];
+        v[u] = merged(r[i[u]], r[w_.col_of()[t + 32 * u]]);
+      }
+      ZF_UNROLL
+      for (int u = 0; u < kAhead; ++u)
+        if (t + 32 * u < last) r[i[u]] = v[u];
+    }
+  }
+
+  // One warp: a chunk of row i after its merge with row j.  The diagonal stays -inf.
+  __device__ void merge_rows(int i, int j, int chunk) {
+    Packed *a = packs(i), x[kAhead], y[kAhead];
+    const Packed* b = packs(j);
+    const int p = chunk * kChunk + lane();
+    ZF_UNROLL
+    for (int u = 0; u < kAhead; ++u)
+      if (p + 32 * u < packs_) x[u] = a[p + 32 * u], y[u] = b[p + 32 * u];
+    ZF_UNROLL
+    for (int u = 0; u < kAhead; ++u) {
+      if (p + 32 * u >= packs_) continue;
+      ZF_UNROLL
+      for (int e = 0; e < kSize; ++e) x[u].at[e] = merged(x[u].at[e], y[u].at[e]);
+      a[p + 32 * u] = x[u];
+    }
+  }
+
+  // The block: brings its rows up to date with the merges [first, last) of a round, or with the groups of a rebuild,
+  // and looks again at those whose first edge they touched, or at all.  The first edge of the block's rows; valid in
+  // every thread.
+  __device__ Edge<scalar_t> look(int first, int last, int round, int exhausted, bool all, bool rebuilt) {
+    Edge<scalar_t> mine = no_edge();
+    const int own = own_rows();
+    for (int base = 0; base < own; base += kMatchThreads) {
+      if (threadIdx.x == 0) m_.lives = m_.dirties = 0;
+      __syncthreads();
+      if (base + int(threadIdx.x) < own) {
+        const int k = block_ + (base + int(threadIdx.x)) * blocks_;
+        if (!alive(k)) {
+          w_.arg()[k] = -1;
+        } else {
+          m_.live[atomicAdd(&m_.lives, 1)] = k;
+          const int c = all ? -1 : w_.arg()[k];
+          if (all || w_.stamp()[k] == round || (c >= 0 && w_.stamp()[c] == round))
+            m_.dirty[atomicAdd(&m_.dirties, 1)] = k;
+          else if (c >= 0)
+            improve(mine, edge(k, w_.bound()[k], c));
+        }
+      }
+      __syncthreads();
+      for (int q = warp(); q < m_.lives && (rebuilt || first < last); q += kMatchWarps) {
+        if (rebuilt)
+          group_columns(m_.live[q]);
+        else
+          merge_columns(m_.live[q], first, last);
+      }
+      __syncthreads();
+      rescan(m_.dirty, m_.dirties, exhausted, mine);
+      __syncthreads();
+    }
+    return block_first<kMatchThreads>(mine, m_.scratch);
+  }
+
+  // --- taking merges back: every group anew from the input
+
+  // An entry after `depth` merges.  The addition makes zeros positive: members come in any order.
+  __device__ scalar_t scaled(scalar_t v, int depth) const {
+    for (int d = 0; d < depth; ++d) v = alpha_ * v + scalar_t(0);
+    return v;
+  }
+
+  // Lists the members of each group below its slot, with the number of merges that each took part in.
+  __device__ void list_groups() {
+    for (int k = thread(); k < n_; k += threads()) {
+      int root = k, depth = w_.merges()[k];
+      while (w_.parent()[root] != root) {
+        const int into = w_.parent()[root];
+        depth += 1 + w_.merges()[into] - w_.place()[root];
+        root = into;
+      }
+      w_.depth()[k] = depth;
+      if (root == k) continue;
+      w_.sibling()[k] = atomicExch(&w_.first()[root], k);
+      w_.models()[k] = w_.saved()[k] | rule::kGone;
+    }
+  }
+
+  // One warp: a chunk of the row of group k, with single features as columns.
+  __device__ void group_row(const scalar_t* in, bool aligned, int k, int chunk) {
+    Packed best[kAhead];
+    const int p = chunk * kChunk + lane();
+    for (int a = k; a >= 0; a = a == k ? w_.first()[k] : w_.sibling()[a]) {
+      const int depth = w_.depth()[a];
+      Packed x[kAhead];
+      ZF_UNROLL
+      for (int u = 0; u < kAhead; ++u)
+        if (p + 32 * u < packs_) x[u] = load_input(in, aligned, a, p + 32 * u);
+      ZF_UNROLL
+      for (int u = 0; u < kAhead; ++u) ZF_UNROLL
+      for (int e = 0; e < kSize; ++e) {
+        const scalar_t v = scaled(x[u].at[e], depth);
+        if (a == k || v < best[u].at[e]) best[u].at[e] = v;
+      }
+    }
+    ZF_UNROLL
+    for (int u = 0; u < kAhead; ++u)
+      if (p + 32 * u < packs_) packs(k)[p + 32 * u] = best[u];
+  }
+  __device__ Packed load_input(const scalar_t* in, bool aligned, int k, int pack) const {
+    const scalar_t* r = in + int64_t(k) * n_;
+    Packed x;
+    if (aligned) x = reinterpret_cast<const Packed*>(r)[pack];
+    ZF_UNROLL
+    for (int e = 0; e < kSize; ++e) {
+      const int c = pack * kSize + e;
+      if (!aligned) x.at[e] = c < n_ ? r[c] : none();
+      if (c == k) x.at[e] = none();
+    }
+    return x;
+  }
+
+  // One warp: row k's columns from single features to groups.
+  __device__ void group_columns(int k) {
+    scalar_t* r = row(k);
+    for (int g = lane(); g < w_.state()->grouped; g += 32) {
+      const int c = w_.grouped()[g];
+      scalar_t best = scaled(r[c], w_.depth()[c]);
+      for (int a = w_.first()[c]; a >= 0; a = w_.sibling()[a]) {
+        const scalar_t v = scaled(r[a], w_.depth()[a]);
+        if (v < best) best = v;
+      }
+      r[c] = best;
+    }
+  }
+
+  int n_, packs_, block_, blocks_;
+  scalar_t alpha_;
+  bool compat_;
+  unsigned met_ = 0;  // what the counter will show when all blocks arrived
+  MatchWork<scalar_t> w_;
+  MatchShared<scalar_t>& m_;
+};
+
+}  // namespace zipfast::cuda
