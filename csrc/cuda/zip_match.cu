@@ -138,6 +138,7 @@ class Matcher : MatchBoard<scalar_t> {
       }
       if (open.value != none()) return true;
       if (!lift_or_stop()) return false;
+      meet();  // all blocks know the open edge
     }
     return false;
   }

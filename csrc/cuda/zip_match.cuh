@@ -13,6 +13,7 @@
 #include "cuda/launch.h"
 #include "rule.h"
 #ifdef ZF_EMU
+#include <chrono>
 #include <thread>
 #endif
 
@@ -154,7 +155,7 @@ class MatchBoard {
       __threadfence();
       atomicAdd(&w_.state()->arrived, 1u);
 #ifdef ZF_EMU
-      while (int(__atomic_load_n(&w_.state()->arrived, __ATOMIC_RELAXED) - met_) < 0) std::this_thread::yield();
+      while (int(__atomic_load_n(&w_.state()->arrived, __ATOMIC_RELAXED) - met_) < 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
 #else
       while (int(*static_cast<volatile unsigned*>(&w_.state()->arrived) - met_) < 0) {
       }
