@@ -155,7 +155,8 @@ class MatchBoard {
       __threadfence();
       atomicAdd(&w_.state()->arrived, 1u);
 #ifdef ZF_EMU
-      while (int(__atomic_load_n(&w_.state()->arrived, __ATOMIC_RELAXED) - met_) < 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
+      while (int(__atomic_load_n(&w_.state()->arrived, __ATOMIC_RELAXED) - met_) < 0)
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
 #else
       while (int(*static_cast<volatile unsigned*>(&w_.state()->arrived) - met_) < 0) {
       }
@@ -173,35 +174,31 @@ class MatchBoard {
     Edge<scalar_t> best{none(), 0, n_};
     for (int p = begin + lane(); p < end; p += kChunk) {
       Packed x[kAhead];
-      Pack<int> models[kAhead];  // of four columns, of which doubles have two
+      ZF_UNROLL
+      for (int u = 0; u < kAhead; ++u)
+        if (p + 32 * u < end) x[u] = r[p + 32 * u];
       ZF_UNROLL
       for (int u = 0; u < kAhead; ++u) {
         const int q = p + 32 * u;
         if (q >= end) continue;
-        x[u] = r[q];
-        load_models(models[u], q);
-      }
-      ZF_UNROLL
-      for (int u = 0; u < kAhead; ++u) {
-        const int q = p + 32 * u;
-        if (q >= end) continue;
+        const Pack<int> models = load_models(q);  // in the first-level cache, as all rows want them
         ZF_UNROLL
         for (int e = 0; e < kSize; ++e)
-          if (!(models[u].at[e] & forbidden) && x[u].at[e] > best.value)
-            best.value = x[u].at[e], best.col = q * kSize + e;
+          if (!(models.at[e] & forbidden) && x[u].at[e] > best.value) best.value = x[u].at[e], best.col = q * kSize + e;
       }
     }
     return warp_first(best);
   }
-  __device__ void load_models(Pack<int>& models, int pack) const {
+  // Of the columns of a pack: four floats or two doubles.
+  __device__ Pack<int> load_models(int pack) const {
     if constexpr (kSize == 4) {
-      models = reinterpret_cast<const Pack<int>*>(w_.models())[pack];
+      return reinterpret_cast<const Pack<int>*>(w_.models())[pack];
     } else {
       struct alignas(8) Two {
         int a, b;
       };
       const Two two = reinterpret_cast<const Two*>(w_.models())[pack];
-      models.at[0] = two.a, models.at[1] = two.b;
+      return {two.a, two.b};
     }
   }
 
@@ -335,11 +332,18 @@ class MatchBoard {
       ZF_UNROLL
       for (int u = 0; u < kAhead; ++u)
         if (p + 32 * u < packs_) x[u] = load_input(in, aligned, a, p + 32 * u);
+      for (int d = 0; d < depth; ++d) {
+        ZF_UNROLL
+        for (int u = 0; u < kAhead; ++u) {
+          ZF_UNROLL
+          for (int e = 0; e < kSize; ++e) x[u].at[e] = scaled(x[u].at[e], 1);
+        }
+      }
       ZF_UNROLL
-      for (int u = 0; u < kAhead; ++u) ZF_UNROLL
-      for (int e = 0; e < kSize; ++e) {
-        const scalar_t v = scaled(x[u].at[e], depth);
-        if (a == k || v < best[u].at[e]) best[u].at[e] = v;
+      for (int u = 0; u < kAhead; ++u) {
+        ZF_UNROLL
+        for (int e = 0; e < kSize; ++e)
+          if (a == k || x[u].at[e] < best[u].at[e]) best[u].at[e] = x[u].at[e];
       }
     }
     ZF_UNROLL
@@ -348,22 +352,20 @@ class MatchBoard {
   }
   __device__ Packed load_input(const scalar_t* in, bool aligned, int k, int pack) const {
     const scalar_t* r = in + int64_t(k) * n_;
+    if (aligned) return reinterpret_cast<const Packed*>(r)[pack];
     Packed x;
-    if (aligned) x = reinterpret_cast<const Packed*>(r)[pack];
     ZF_UNROLL
-    for (int e = 0; e < kSize; ++e) {
-      const int c = pack * kSize + e;
-      if (!aligned) x.at[e] = c < n_ ? r[c] : none();
-      if (c == k) x.at[e] = none();
-    }
+    for (int e = 0; e < kSize; ++e) x.at[e] = pack * kSize + e < n_ ? r[pack * kSize + e] : none();
     return x;
   }
 
-  // One warp: row k's columns from single features to groups.
+  // One warp: row k's columns from single features to groups.  The diagonal comes from the input: what was made of it
+  // is in the columns of the row's own group.
   __device__ void group_columns(int k) {
     scalar_t* r = row(k);
     for (int g = lane(); g < w_.state()->grouped; g += 32) {
       const int c = w_.grouped()[g];
+      if (c == k) continue;
       scalar_t best = scaled(r[c], w_.depth()[c]);
       for (int a = w_.first()[c]; a >= 0; a = w_.sibling()[a]) {
         const scalar_t v = scaled(r[a], w_.depth()[a]);
@@ -371,6 +373,7 @@ class MatchBoard {
       }
       r[c] = best;
     }
+    if (lane() == 0) r[k] = none();
   }
 
   int n_, packs_, block_, blocks_;
