@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The matcher's board: the memory of one space, what a block does with its rows, and the barrier among the blocks that
-// share the space.  zip_match.cu plays on it, in rounds or one merge after the other.
+// The matcher's board: the memory of one space, what a block does with its
+// rows, and the barrier among the blocks that share the space.  zip_match.cu
+// plays on it, in rounds or one merge after the other.
 //
-// The matrix never says what is forbidden.  A pair is forbidden if its slots share an exhausted model or one of them
-// has left the pool (rule::forbids); in compat mode, where -inf is inherited, a slot therefore also carries the
-// exhausted models of what it took in: the groups that could meet a -inf are exactly those that share such a model.  So
-// the matrix depends on the merges alone, and on them only as a tree: every entry is the smallest of the input's
-// entries between the two groups, each multiplied by alpha as many times as its two features were merged (min and
-// rounding commute).  That is what `rebuild` relies on, which is why no second copy is kept for taking merges back.
+// The matrix never says what is forbidden.  A pair is forbidden if its slots
+// share an exhausted model or one of them has left the pool (rule::forbids); in
+// compat mode, where -inf is inherited, a slot therefore also carries the
+// exhausted models of what it took in: the groups that could meet a -inf are
+// exactly those that share such a model.  So the matrix depends on the merges
+// alone, and on them only as a tree: every entry is the smallest of the input's
+// entries between the two groups, each multiplied by alpha as many times as its
+// two features were merged (min and rounding commute).  That is what `rebuild`
+// relies on, which is why no second copy is kept for taking merges back.
 #pragma once
-#include "cuda/scope.cuh"
 #include "cuda/launch.h"
+#include "cuda/scope.cuh"
 #include "rule.h"
 #ifdef ZF_EMU
 #include <chrono>
@@ -34,7 +38,8 @@ struct alignas(16) Pack {
   T at[kSize];
 };
 
-// What the blocks of a space share besides the arrays; the counter has a line of its own.
+// What the blocks of a space share besides the arrays; the counter has a line
+// of its own.
 struct alignas(128) MatchState {
   unsigned arrived;  // at barriers, by all blocks
   alignas(128) int count;
@@ -44,7 +49,8 @@ struct alignas(128) MatchState {
   int left[kMostModels];
 };
 
-// The scratch memory of a space: state, matrix, two arrays of values, the arrays of ints, one edge a block.
+// The scratch memory of a space: state, matrix, two arrays of values, the
+// arrays of ints, one edge a block.
 template <class scalar_t>
 __host__ __device__ inline int64_t match_stride(int64_t n) {
   constexpr int64_t kPack = Pack<scalar_t>::kSize;
@@ -59,36 +65,38 @@ __host__ __device__ inline int64_t match_bytes(int64_t n, int64_t blocks) {
   return (bytes + 127) / 128 * 128;
 }
 
-// Few registers: what is here is computed from two addresses.  [n] unless said otherwise.
+// In shared memory, as registers are few; what is here is computed from two
+// addresses.  [n] unless said otherwise.
 template <class scalar_t>
 class MatchWork {
  public:
-  __device__ MatchWork(char* scratch, int n)
-      : stride_(int(match_stride<scalar_t>(n))),
-        ints_((n + 3) / 4 * 4),
-        state_(reinterpret_cast<MatchState*>(scratch)),
-        bound_(reinterpret_cast<scalar_t*>(state_ + 1) + int64_t(n) * stride_) {}
+  __device__ void set(char* scratch, int n) {
+    stride_ = int(match_stride<scalar_t>(n)), ints_ = (n + 3) / 4 * 4;
+    state_ = reinterpret_cast<MatchState*>(scratch);
+    bound_ = reinterpret_cast<scalar_t*>(state_ + 1) + int64_t(n) * stride_;
+  }
+  __device__ int packs() const { return stride_ / Pack<scalar_t>::kSize; }  // of a row
   __device__ MatchState* state() const { return state_; }
   // [n, stride]; the diagonal and what lies beyond n are -inf.
   __device__ scalar_t* row(int k) const { return reinterpret_cast<scalar_t*>(state_ + 1) + int64_t(k) * stride_; }
-  __device__ scalar_t* bound() const { return bound_; }            // row maxima
+  __device__ scalar_t* bound() const { return bound_; }  // row maxima
   __device__ scalar_t* value() const { return bound_ + stride_; }  // of the phase's merges
-  __device__ int* models() const { return ints(0); }               // of each slot, and rule::kGone
-  __device__ int* saved() const { return ints(1); }                // models as the phase began
-  __device__ int* arg() const { return ints(2); }                  // first column of the row maximum, -1: none
-  __device__ int* stamp() const { return ints(3); }                // round of the slot's last merge
-  __device__ int* parent() const { return ints(4); }               // slot that it was merged into; itself while alive
-  __device__ int* place() const { return ints(5); }                // as which merge of that slot
-  __device__ int* merges() const { return ints(6); }               // in which the slot took another one in
-  __device__ int* row_of() const { return ints(7); }               // the phase's merges, in rounds: slots i < j
+  __device__ int* models() const { return ints(0); }  // of each slot, and rule::kGone
+  __device__ int* saved() const { return ints(1); }  // models as the phase began
+  __device__ int* arg() const { return ints(2); }  // first column of the row maximum, -1: none
+  __device__ int* stamp() const { return ints(3); }  // round of the slot's last merge
+  __device__ int* parent() const { return ints(4); }  // slot that it was merged into; itself while alive
+  __device__ int* place() const { return ints(5); }  // as which merge of that slot
+  __device__ int* merges() const { return ints(6); }  // in which the slot took another one in
+  __device__ int* row_of() const { return ints(7); }  // the phase's merges, in rounds: slots i < j
   __device__ int* col_of() const { return ints(8); }
-  __device__ int* shared() const { return ints(9); }    // models on both sides
-  __device__ int* rank() const { return ints(10); }     // position of each in the phase; numbers of the groups at last
-  __device__ int* first() const { return ints(11); }    // after a rebuild: members of each group but its slot, as lists
+  __device__ int* shared() const { return ints(9); }  // models on both sides
+  __device__ int* rank() const { return ints(10); }  // position of each in the phase; numbers of the groups at last
+  __device__ int* first() const { return ints(11); }  // after a rebuild: members of each group but its slot, as lists
   __device__ int* sibling() const { return ints(12); }  // the next of them, -1: none
-  __device__ int* depth() const { return ints(13); }    // merges that a feature took part in
+  __device__ int* depth() const { return ints(13); }  // merges that a feature took part in
   __device__ int* grouped() const { return ints(14); }  // groups of more than one
-  __device__ int* dirty() const { return ints(10); }    // one after the other: rows to look at
+  __device__ int* dirty() const { return ints(10); }  // one after the other: rows to look at
   __device__ Edge<scalar_t>* best() const { return reinterpret_cast<Edge<scalar_t>*>(ints(kMatchInts)); }  // [blocks]
 
  private:
@@ -101,10 +109,13 @@ class MatchWork {
 template <class scalar_t>
 struct MatchShared {
   Edge<scalar_t> scratch[kMatchWarps];
-  int live[kMatchThreads], dirty[kMatchThreads];  // rows of the batch at hand; the latter are looked at again
+  int live[kMatchThreads],
+      dirty[kMatchThreads];  // rows of the batch at hand; the latter are looked
+                             // at again
   int lives, dirties, at;
   int left[kMostModels + 1], charge[kMostModels + 1];
   int head;
+  MatchWork<scalar_t> work;
   scalar_t tile[kMatchTile][kMatchTile + 1];
 };
 
@@ -117,13 +128,15 @@ class MatchBoard {
 
   __device__ MatchBoard(const MatchJob& job, const MatchSpace& space, MatchShared<scalar_t>& shared)
       : n_(space.n),
-        packs_(int(match_stride<scalar_t>(space.n) / kSize)),
         block_(int(blockIdx.x) - space.block),
         blocks_(space.blocks),
         alpha_(scalar_t(job.alpha)),
         compat_(job.compat),
-        w_(static_cast<char*>(job.scratch) + space.scratch, space.n),
-        m_(shared) {}
+        w_(shared.work),
+        m_(shared) {
+    if (threadIdx.x == 0) shared.work.set(static_cast<char*>(job.scratch) + space.scratch, space.n);
+    __syncthreads();
+  }
 
  protected:
   static __device__ scalar_t none() { return -scalar_t(INFINITY); }
@@ -146,7 +159,8 @@ class MatchBoard {
   }
   __device__ scalar_t merged(scalar_t a, scalar_t b) const { return rule::merged_similarity(alpha_, a, b); }
 
-  // All blocks of the space wait for each other, and see what any wrote before.  The counter only grows.
+  // All blocks of the space wait for each other, and see what any wrote before.
+  // The counter only grows.
   __device__ void meet() {
     __syncthreads();
     if (blocks_ == 1) return;
@@ -166,10 +180,11 @@ class MatchBoard {
     __syncthreads();
   }
 
-  // One warp: first edge of a part of row k over the allowed columns, as {value, 0, column}; valid in every lane.
+  // One warp: first edge of a part of row k over the allowed columns, as
+  // {value, 0, column}; valid in every lane.
   __device__ Edge<scalar_t> scan(int k, int part, int parts, int exhausted) const {
-    const int forbidden = rule::forbids(w_.models()[k], exhausted), size = (packs_ + parts - 1) / parts;
-    const int begin = part * size, end = begin + size < packs_ ? begin + size : packs_;
+    const int forbidden = rule::forbids(w_.models()[k], exhausted), size = (w_.packs() + parts - 1) / parts;
+    const int begin = part * size, end = begin + size < w_.packs() ? begin + size : w_.packs();
     const Packed* r = packs(k);
     Edge<scalar_t> best{none(), 0, n_};
     for (int p = begin + lane(); p < end; p += kChunk) {
@@ -202,8 +217,9 @@ class MatchBoard {
     }
   }
 
-  // The block: looks at the rows of a list again.  Few rows are cut into parts, so that no warp idles.  What becomes of
-  // a row counts for `mine` of one thread.
+  // The block: looks at the rows of a list again.  Few rows are cut into parts,
+  // so that no warp idles.  What becomes of a row counts for `mine` of one
+  // thread.
   __device__ void rescan(const int* list, int rows, int exhausted, Edge<scalar_t>& mine) {
     int parts = kMatchWarps;
     while (parts > 1 && parts * rows > kMatchWarps) parts /= 2;
@@ -227,7 +243,8 @@ class MatchBoard {
     }
   }
 
-  // One warp: row k's columns after the merges [first, last) of one round, in which no slot has two.
+  // One warp: row k's columns after the merges [first, last) of one round, in
+  // which no slot has two.
   __device__ void merge_columns(int k, int first, int last) {
     scalar_t* r = row(k);
     for (int t = first + lane(); t < last; t += kChunk) {
@@ -245,26 +262,28 @@ class MatchBoard {
     }
   }
 
-  // One warp: a chunk of row i after its merge with row j.  The diagonal stays -inf.
+  // One warp: a chunk of row i after its merge with row j.  The diagonal stays
+  // -inf.
   __device__ void merge_rows(int i, int j, int chunk) {
     Packed *a = packs(i), x[kAhead], y[kAhead];
     const Packed* b = packs(j);
     const int p = chunk * kChunk + lane();
     ZF_UNROLL
     for (int u = 0; u < kAhead; ++u)
-      if (p + 32 * u < packs_) x[u] = a[p + 32 * u], y[u] = b[p + 32 * u];
+      if (p + 32 * u < w_.packs()) x[u] = a[p + 32 * u], y[u] = b[p + 32 * u];
     ZF_UNROLL
     for (int u = 0; u < kAhead; ++u) {
-      if (p + 32 * u >= packs_) continue;
+      if (p + 32 * u >= w_.packs()) continue;
       ZF_UNROLL
       for (int e = 0; e < kSize; ++e) x[u].at[e] = merged(x[u].at[e], y[u].at[e]);
       a[p + 32 * u] = x[u];
     }
   }
 
-  // The block: brings its rows up to date with the merges [first, last) of a round, or with the groups of a rebuild,
-  // and looks again at those whose first edge they touched, or at all.  The first edge of the block's rows; valid in
-  // every thread.
+  // The block: brings its rows up to date with the merges [first, last) of a
+  // round, or with the groups of a rebuild, and looks again at those whose
+  // first edge they touched, or at all.  The first edge of the block's rows;
+  // valid in every thread.
   __device__ Edge<scalar_t> look(int first, int last, int round, int exhausted, bool all, bool rebuilt) {
     Edge<scalar_t> mine = no_edge();
     const int own = own_rows();
@@ -300,13 +319,15 @@ class MatchBoard {
 
   // --- taking merges back: every group anew from the input
 
-  // An entry after `depth` merges.  The addition makes zeros positive: members come in any order.
+  // An entry after `depth` merges.  The addition makes zeros positive: members
+  // come in any order.
   __device__ scalar_t scaled(scalar_t v, int depth) const {
     for (int d = 0; d < depth; ++d) v = alpha_ * v + scalar_t(0);
     return v;
   }
 
-  // Lists the members of each group below its slot, with the number of merges that each took part in.
+  // Lists the members of each group below its slot, with the number of merges
+  // that each took part in.
   __device__ void list_groups() {
     for (int k = thread(); k < n_; k += threads()) {
       int root = k, depth = w_.merges()[k];
@@ -331,7 +352,7 @@ class MatchBoard {
       Packed x[kAhead];
       ZF_UNROLL
       for (int u = 0; u < kAhead; ++u)
-        if (p + 32 * u < packs_) x[u] = load_input(in, aligned, a, p + 32 * u);
+        if (p + 32 * u < w_.packs()) x[u] = load_input(in, aligned, a, p + 32 * u);
       for (int d = 0; d < depth; ++d) {
         ZF_UNROLL
         for (int u = 0; u < kAhead; ++u) {
@@ -348,7 +369,7 @@ class MatchBoard {
     }
     ZF_UNROLL
     for (int u = 0; u < kAhead; ++u)
-      if (p + 32 * u < packs_) packs(k)[p + 32 * u] = best[u];
+      if (p + 32 * u < w_.packs()) packs(k)[p + 32 * u] = best[u];
   }
   __device__ Packed load_input(const scalar_t* in, bool aligned, int k, int pack) const {
     const scalar_t* r = in + int64_t(k) * n_;
@@ -359,8 +380,9 @@ class MatchBoard {
     return x;
   }
 
-  // One warp: row k's columns from single features to groups.  The diagonal comes from the input: what was made of it
-  // is in the columns of the row's own group.
+  // One warp: row k's columns from single features to groups.  The diagonal
+  // comes from the input: what was made of it is in the columns of the row's
+  // own group.
   __device__ void group_columns(int k) {
     scalar_t* r = row(k);
     for (int g = lane(); g < w_.state()->grouped; g += 32) {
@@ -376,11 +398,11 @@ class MatchBoard {
     if (lane() == 0) r[k] = none();
   }
 
-  int n_, packs_, block_, blocks_;
+  int n_, block_, blocks_;
   scalar_t alpha_;
   bool compat_;
   unsigned met_ = 0;  // what the counter will show when all blocks arrived
-  MatchWork<scalar_t> w_;
+  const MatchWork<scalar_t>& w_;
   MatchShared<scalar_t>& m_;
 };
 

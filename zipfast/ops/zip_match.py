@@ -67,7 +67,7 @@ def _fake(
 
 
 @op(
-    'zip_match(Tensor[] sim, int models, int[] keep, int[] budget, float alpha, bool compat, '
+    "zip_match(Tensor[] sim, int models, int[] keep, int[] budget, float alpha, bool compat, "
     'str path="auto") -> (Tensor, Tensor, Tensor, Tensor)',
     contract=_contract,
     fake=_fake,
