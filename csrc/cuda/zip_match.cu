@@ -1,32 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// zip_match on a GPU: rounds of reciprocal nearest neighbours, exact to the
-// last tie (Stoica et al. 2024, section 4.3).
+// zip_match on a GPU: rounds of reciprocal nearest neighbours, exact to the last tie (Stoica et al. 2024, section 4.3).
 //
-// Edges are ordered by value (descending), then row, then column.  Why a round
-// may merge every pair that is first in both of its rows: while values are
-// positive, alpha <= 1 and forbidden pairs only multiply, (1) no edge ever
-// rises, (2) rounding is monotone, so disjoint merges give the same bits in any
-// order, (3) such a pair stays first in both rows until it is executed, so the
-// sequential greedy executes it at this very value, and (4) greedy's keys
-// strictly fall: the executed merges, sorted by key, are its sequence.  Merges
-// that precede the best open edge are settled. Rounds end once `need` are, or
-// those that exhaust a model, or once no positive edge is left.
+// Edges are ordered by value (descending), then row, then column.  Why a round may merge every pair that is first in
+// both of its rows: while values are positive, alpha <= 1 and forbidden pairs only multiply, (1) no edge ever rises,
+// (2) rounding is monotone, so disjoint merges give the same bits in any order, (3) such a pair stays first in both
+// rows until it is executed, so the sequential greedy executes it at this very value, and (4) greedy's keys strictly
+// fall: the executed merges, sorted by key, are its sequence.  Merges that precede the best open edge are settled.
+// Rounds end once `need` are, or those that exhaust a model, or once no positive edge is left.
 //
-// Budgets forbid pairs from one merge on, so the work goes in phases: run
-// rounds, rank the merges, find the first that exhausts a model, keep those up
-// to it, make the matrix anew from the input (zip_match.cuh), forbid, go on (at
-// most M + 1 phases).  Values <= 0 break (1): one block finishes them one after
-// the other, from the same state, and does so from the start on the path
-// "sequential".
+// Budgets forbid pairs from one merge on, so the work goes in phases: run rounds, rank the merges, find the first that
+// exhausts a model, keep those up to it, make the matrix anew from the input (zip_match.cuh), forbid, go on (at most M
+// + 1 phases).  Values <= 0 break (1): one block finishes them one after the other, from the same state, and does so
+// from the start on the path "sequential".
 //
-// One cooperative launch serves all spaces at once: each has blocks of its own,
-// which meet at barriers of their own, two a round; small spaces share a block
-// and take turns.  Decisions that steer the loops are computed by every block
-// from the same data, which is not written again before the next barrier. Cost:
-// 5 to 40 rounds on real networks, each reading the rows that lost their first
-// edge; memory one copy of the matrices at work.
-#include <climits>
-
+// One cooperative launch serves all spaces at once: each has blocks of its own, which meet at barriers of their own,
+// two a round; small spaces share a block and take turns.  Decisions that steer the loops are computed by every block
+// from the same data, which is not written again before the next barrier. Cost: 5 to 40 rounds on real networks, each
+// reading the rows that lost their first edge; memory one copy of the matrices at work.
 #include "cuda/zip_match.cuh"
 
 namespace zipfast::cuda {
@@ -35,14 +25,15 @@ namespace {
 template <class scalar_t>
 class Matcher : MatchBoard<scalar_t> {
   using Board = MatchBoard<scalar_t>;
-  using Board::alive, Board::alpha_, Board::block_, Board::blocks_, Board::compat_, Board::edge, Board::improve;
-  using Board::lane, Board::look, Board::m_, Board::meet, Board::merged, Board::n_, Board::no_edge, Board::none;
-  using Board::own_rows, Board::rescan, Board::row, Board::thread, Board::threads, Board::w_;
-  using Board::warp, Board::warps, Board::kChunk, Board::kSize;
+  using Board::alpha_, Board::block_, Board::blocks_, Board::budget, Board::compat_, Board::edge, Board::improve;
+  using Board::kChunk, Board::kSize, Board::lane, Board::look, Board::m_, Board::meet, Board::merged;
+  using Board::merges_, Board::models_, Board::n_, Board::no_edge, Board::none, Board::own_rows, Board::rescan;
+  using Board::row, Board::s_, Board::start, Board::thread, Board::threads, Board::w_, Board::warp;
+  using Board::warps;
 
  public:
   __device__ Matcher(const MatchJob& job, const MatchSpace& space, MatchShared<scalar_t>& shared)
-      : Board(job, space, shared), s_(space), merges_(space.n - space.keep), models_(job.models) {}
+      : Board(job, space, shared) {}
 
   __device__ void run(bool sequential) {
     if (!compat_ && s_.budget <= 0) exhausted_ = int((1u << models_) - 1);
@@ -60,66 +51,7 @@ class Matcher : MatchBoard<scalar_t> {
   }
 
  private:
-  // Copies the matrix, clears outputs and state; false if it holds NaN or is
-  // not symmetric.
-  __device__ bool start() {
-    scalar_t* value = static_cast<scalar_t*>(s_.value);
-    if (thread() == 0) {
-      s_.status[rule::kLifted] = 0;
-      s_.status[rule::kDeadlock] = -1;
-      s_.status[rule::kNanAt] = s_.status[rule::kAsymmetricAt] = INT64_MAX;
-      w_.state()->count = 0;
-      w_.state()->event = INT_MAX;
-      for (int m = 0; m < models_; ++m) w_.state()->left[m] = budget();
-    }
-    for (int k = thread(); k < n_; k += threads()) {
-      w_.models()[k] = 1 << (k / (n_ / models_));
-      w_.parent()[k] = k;
-      w_.stamp()[k] = w_.merges()[k] = 0;
-      s_.group[k] = -1;
-    }
-    for (int t = thread(); t < merges_; t += threads()) {
-      s_.pair[2 * t] = s_.pair[2 * t + 1] = -1;
-      value[t] = scalar_t(NAN);
-    }
-    meet();
-    const int side = (n_ + kMatchTile - 1) / kMatchTile;
-    for (int64_t q = block_; q < int64_t(side) * side; q += blocks_)
-      if (q / side <= q % side) copy_tiles(int(q / side) * kMatchTile, int(q % side) * kMatchTile);
-    meet();
-    return s_.status[rule::kNanAt] == INT64_MAX && s_.status[rule::kAsymmetricAt] == INT64_MAX;
-  }
-
-  // The tile at (i0, j0), j0 >= i0, and its mirror image: copied with -inf on
-  // the diagonal and beyond n, and compared.
-  __device__ void copy_tiles(int i0, int j0) {
-    constexpr int kArea = kMatchTile * kMatchTile;
-    const scalar_t* in = static_cast<const scalar_t*>(s_.sim);
-    for (int e = threadIdx.x; e < kArea; e += kMatchThreads)
-      m_.tile[e / kMatchTile][e % kMatchTile] = copy(in, i0 + e / kMatchTile, j0 + e % kMatchTile);
-    __syncthreads();
-    for (int e = threadIdx.x; e < kArea; e += kMatchThreads) {
-      const int j = e / kMatchTile,
-                i = e % kMatchTile;  // of the tile; the columns of the mirror image
-      const scalar_t v = i0 == j0 ? m_.tile[j][i] : copy(in, j0 + j, i0 + i), other = m_.tile[i][j];
-      if (i0 + i < j0 + j && v == v && other == other && v != other)
-        note(rule::kAsymmetricAt, int64_t(i0 + i) * n_ + j0 + j);
-    }
-    __syncthreads();
-  }
-  __device__ scalar_t copy(const scalar_t* in, int i, int j) {
-    if (i >= n_ || j >= w_.packs() * kSize) return none();
-    const scalar_t v = i == j || j >= n_ ? none() : in[int64_t(i) * n_ + j];
-    if (v != v) note(rule::kNanAt, int64_t(i) * n_ + j);
-    row(i)[j] = v;
-    return v;
-  }
-  __device__ void note(int field, int64_t at) {
-    atomicMin(reinterpret_cast<long long*>(s_.status + field), (long long)at);
-  }
-
-  // All merges in phases of rounds, or as many as edges allow; whether those
-  // are left that are no longer positive.
+  // All merges in phases of rounds, or as many as edges allow; whether those are left that are no longer positive.
   __device__ bool play() {
     for (bool rebuilt = false; done_ < merges_;) {
       const int need = merges_ - done_;
@@ -168,8 +100,7 @@ class Matcher : MatchBoard<scalar_t> {
     done_ = w_.state()->finished;
   }
 
-  // Nothing is allowed any more. Groups only gain models, so every pair stays
-  // forbidden: lift the budgets, once.
+  // Nothing is allowed any more. Groups only gain models, so every pair stays forbidden: lift the budgets, once.
   __device__ bool lift_or_stop() {
     if (compat_ || !exhausted_) {
       if (thread() == 0) {
@@ -186,10 +117,8 @@ class Matcher : MatchBoard<scalar_t> {
 
   // --- budgets
 
-  __device__ int budget() const { return s_.budget < 0 ? 0 : s_.budget > n_ ? n_ : int(s_.budget); }
-  // Whether a budget may run out before the end. A merge inside a model leaves
-  // it one slot or group less, so one that has as many merges as it has
-  // features but one forbids nothing when it is used up.
+  // Whether a budget may run out before the end. A merge inside a model leaves it one slot or group less, so one that
+  // has as many merges as it has features but one forbids nothing when it is used up.
   __device__ bool watched() {
     __syncthreads();
     if (threadIdx.x < unsigned(models_)) m_.left[threadIdx.x] = w_.state()->left[threadIdx.x];
@@ -199,8 +128,7 @@ class Matcher : MatchBoard<scalar_t> {
     for (int m = 0; m < models_; ++m) watch |= !(exhausted_ >> m & 1) && m_.left[m] < merges_ - done_;
     return watch;
   }
-  // The models whose budget a phase used up. At or below zero from the start,
-  // in compat mode, is not used up.
+  // The models whose budget a phase used up. At or below zero from the start, in compat mode, is not used up.
   __device__ void exhaust() {
     for (int m = 0; m < models_; ++m) {
       const int left = w_.state()->left[m];
@@ -211,8 +139,7 @@ class Matcher : MatchBoard<scalar_t> {
 
   // --- rounds
 
-  // Merges all reciprocal first pairs, round after round; returns the best edge
-  // left open.
+  // Merges all reciprocal first pairs, round after round; returns the best edge left open.
   __device__ Edge<scalar_t> rounds_until_settled(int need, bool watch, bool rebuilt, int* count) {
     for (int first = 0;; ++round_) {
       const bool all = first == 0 && *count == 0;
@@ -234,8 +161,7 @@ class Matcher : MatchBoard<scalar_t> {
     }
   }
 
-  // Whether the merges that precede the open edge are enough, or use a budget
-  // up.
+  // Whether the merges that precede the open edge are enough, or use a budget up.
   __device__ bool settled(int count, int need, bool watch, const Edge<scalar_t>& open) {
     int least = need;
     for (int m = 0; watch && m < models_; ++m)
@@ -263,8 +189,8 @@ class Matcher : MatchBoard<scalar_t> {
     return enough;
   }
 
-  // The pairs whose smaller slot is this block's: into the list, and their rows
-  // into one.  Whoever owns the other slot only reads what is not written here.
+  // The pairs whose smaller slot is this block's: into the list, and their rows into one.  Whoever owns the other slot
+  // only reads what is not written here.
   __device__ void merge_pairs(int round) {
     const int own = own_rows(), chunks = (w_.packs() + kChunk - 1) / kChunk;
     for (int base = 0; base < own; base += kMatchThreads) {
@@ -301,9 +227,8 @@ class Matcher : MatchBoard<scalar_t> {
 
   // --- from rounds to a sequence
 
-  // rank[t]: how many merges of the phase precede merge t; a warp each.  Keys
-  // differ, so these are a permutation. Where budgets count, also the position
-  // of the first merge that uses one up.
+  // rank[t]: how many merges of the phase precede merge t; a warp each.  Keys differ, so these are a permutation. Where
+  // budgets count, also the position of the first merge that uses one up.
   __device__ void rank(int count, bool watch) {
     for (int t = block_ * kMatchWarps + warp(); t < count; t += warps()) {
       const Edge<scalar_t> e{w_.value()[t], w_.row_of()[t], w_.col_of()[t]};
@@ -315,8 +240,7 @@ class Matcher : MatchBoard<scalar_t> {
       }
     }
   }
-  // One warp: the merges before an edge, all or those inside a model; valid in
-  // every lane.
+  // One warp: the merges before an edge, all or those inside a model; valid in every lane.
   __device__ int counted(int count, const Edge<scalar_t>& e, int inside) {
     int before = 0;
     for (int u = lane(); u < count; u += 32)
@@ -326,8 +250,7 @@ class Matcher : MatchBoard<scalar_t> {
     return before;
   }
 
-  // Writes the first `prefix` merges in order, and takes the others back as far
-  // as trees go.
+  // Writes the first `prefix` merges in order, and takes the others back as far as trees go.
   __device__ void book(int count, int prefix, bool watch) {
     for (int t = thread(); t < count; t += threads()) {
       const int at = w_.rank()[t], i = w_.row_of()[t], j = w_.col_of()[t];
@@ -349,8 +272,7 @@ class Matcher : MatchBoard<scalar_t> {
     static_cast<scalar_t*>(s_.value)[at] = value;
   }
 
-  // The state after the merges that were kept, but for the columns: those
-  // follow when rows are looked at.
+  // The state after the merges that were kept, but for the columns: those follow when rows are looked at.
   __device__ void rebuild() {
     const scalar_t* in = static_cast<const scalar_t*>(s_.sim);
     const bool aligned = n_ % kSize == 0 && reinterpret_cast<uintptr_t>(in) % 16 == 0;
@@ -373,8 +295,7 @@ class Matcher : MatchBoard<scalar_t> {
 
   // --- one merge after the other
 
-  // One block: the plain greedy, which needs no positive values, from any
-  // state. `all`: no row was looked at yet.
+  // One block: the plain greedy, which needs no positive values, from any state. `all`: no row was looked at yet.
   __device__ void greedy(bool all) {
     const bool watch = watched();
     Edge<scalar_t> best = no_edge();
@@ -476,8 +397,6 @@ class Matcher : MatchBoard<scalar_t> {
     }
   }
 
-  const MatchSpace& s_;
-  int merges_, models_;
   // The same in every thread of the space.
   int done_ = 0, exhausted_ = 0, round_ = 1;
   bool lifted_ = false;

@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The matcher's board: the memory of one space, what a block does with its
-// rows, and the barrier among the blocks that share the space.  zip_match.cu
-// plays on it, in rounds or one merge after the other.
+// The matcher's board: the memory of one space, what a block does with its rows, and the barrier among the blocks that
+// share the space.  zip_match.cu plays on it, in rounds or one merge after the other.
 //
-// The matrix never says what is forbidden.  A pair is forbidden if its slots
-// share an exhausted model or one of them has left the pool (rule::forbids); in
-// compat mode, where -inf is inherited, a slot therefore also carries the
-// exhausted models of what it took in: the groups that could meet a -inf are
-// exactly those that share such a model.  So the matrix depends on the merges
-// alone, and on them only as a tree: every entry is the smallest of the input's
-// entries between the two groups, each multiplied by alpha as many times as its
-// two features were merged (min and rounding commute).  That is what `rebuild`
-// relies on, which is why no second copy is kept for taking merges back.
+// The matrix never says what is forbidden.  A pair is forbidden if its slots share an exhausted model or one of them
+// has left the pool (rule::forbids); in compat mode, where -inf is inherited, a slot therefore also carries the
+// exhausted models of what it took in: the groups that could meet a -inf are exactly those that share such a model.  So
+// the matrix depends on the merges alone, and on them only as a tree: every entry is the smallest of the input's
+// entries between the two groups, each multiplied by alpha as many times as its two features were merged (min and
+// rounding commute).  That is what `rebuild` relies on, which is why no second copy is kept for taking merges back.
 #pragma once
 #include "cuda/launch.h"
+#include <climits>
+
 #include "cuda/scope.cuh"
 #include "rule.h"
 #ifdef ZF_EMU
@@ -38,8 +36,7 @@ struct alignas(16) Pack {
   T at[kSize];
 };
 
-// What the blocks of a space share besides the arrays; the counter has a line
-// of its own.
+// What the blocks of a space share besides the arrays; the counter has a line of its own.
 struct alignas(128) MatchState {
   unsigned arrived;  // at barriers, by all blocks
   alignas(128) int count;
@@ -49,8 +46,7 @@ struct alignas(128) MatchState {
   int left[kMostModels];
 };
 
-// The scratch memory of a space: state, matrix, two arrays of values, the
-// arrays of ints, one edge a block.
+// The scratch memory of a space: state, matrix, two arrays of values, the arrays of ints, one edge a block.
 template <class scalar_t>
 __host__ __device__ inline int64_t match_stride(int64_t n) {
   constexpr int64_t kPack = Pack<scalar_t>::kSize;
@@ -65,8 +61,7 @@ __host__ __device__ inline int64_t match_bytes(int64_t n, int64_t blocks) {
   return (bytes + 127) / 128 * 128;
 }
 
-// In shared memory, as registers are few; what is here is computed from two
-// addresses.  [n] unless said otherwise.
+// In shared memory, as registers are few; what is here is computed from two addresses.  [n] unless said otherwise.
 template <class scalar_t>
 class MatchWork {
  public:
@@ -79,24 +74,24 @@ class MatchWork {
   __device__ MatchState* state() const { return state_; }
   // [n, stride]; the diagonal and what lies beyond n are -inf.
   __device__ scalar_t* row(int k) const { return reinterpret_cast<scalar_t*>(state_ + 1) + int64_t(k) * stride_; }
-  __device__ scalar_t* bound() const { return bound_; }  // row maxima
+  __device__ scalar_t* bound() const { return bound_; }            // row maxima
   __device__ scalar_t* value() const { return bound_ + stride_; }  // of the phase's merges
-  __device__ int* models() const { return ints(0); }  // of each slot, and rule::kGone
-  __device__ int* saved() const { return ints(1); }  // models as the phase began
-  __device__ int* arg() const { return ints(2); }  // first column of the row maximum, -1: none
-  __device__ int* stamp() const { return ints(3); }  // round of the slot's last merge
-  __device__ int* parent() const { return ints(4); }  // slot that it was merged into; itself while alive
-  __device__ int* place() const { return ints(5); }  // as which merge of that slot
-  __device__ int* merges() const { return ints(6); }  // in which the slot took another one in
-  __device__ int* row_of() const { return ints(7); }  // the phase's merges, in rounds: slots i < j
+  __device__ int* models() const { return ints(0); }               // of each slot, and rule::kGone
+  __device__ int* saved() const { return ints(1); }                // models as the phase began
+  __device__ int* arg() const { return ints(2); }                  // first column of the row maximum, -1: none
+  __device__ int* stamp() const { return ints(3); }                // round of the slot's last merge
+  __device__ int* parent() const { return ints(4); }               // slot that it was merged into; itself while alive
+  __device__ int* place() const { return ints(5); }                // as which merge of that slot
+  __device__ int* merges() const { return ints(6); }               // in which the slot took another one in
+  __device__ int* row_of() const { return ints(7); }               // the phase's merges, in rounds: slots i < j
   __device__ int* col_of() const { return ints(8); }
-  __device__ int* shared() const { return ints(9); }  // models on both sides
-  __device__ int* rank() const { return ints(10); }  // position of each in the phase; numbers of the groups at last
-  __device__ int* first() const { return ints(11); }  // after a rebuild: members of each group but its slot, as lists
+  __device__ int* shared() const { return ints(9); }    // models on both sides
+  __device__ int* rank() const { return ints(10); }     // position of each in the phase; numbers of the groups at last
+  __device__ int* first() const { return ints(11); }    // after a rebuild: members of each group but its slot, as lists
   __device__ int* sibling() const { return ints(12); }  // the next of them, -1: none
-  __device__ int* depth() const { return ints(13); }  // merges that a feature took part in
+  __device__ int* depth() const { return ints(13); }    // merges that a feature took part in
   __device__ int* grouped() const { return ints(14); }  // groups of more than one
-  __device__ int* dirty() const { return ints(10); }  // one after the other: rows to look at
+  __device__ int* dirty() const { return ints(10); }    // one after the other: rows to look at
   __device__ Edge<scalar_t>* best() const { return reinterpret_cast<Edge<scalar_t>*>(ints(kMatchInts)); }  // [blocks]
 
  private:
@@ -127,7 +122,10 @@ class MatchBoard {
   static constexpr int kChunk = 32 * kAhead;  // packs of a row that a warp takes at once
 
   __device__ MatchBoard(const MatchJob& job, const MatchSpace& space, MatchShared<scalar_t>& shared)
-      : n_(space.n),
+      : s_(space),
+        n_(space.n),
+        merges_(space.n - space.keep),
+        models_(job.models),
         block_(int(blockIdx.x) - space.block),
         blocks_(space.blocks),
         alpha_(scalar_t(job.alpha)),
@@ -159,8 +157,7 @@ class MatchBoard {
   }
   __device__ scalar_t merged(scalar_t a, scalar_t b) const { return rule::merged_similarity(alpha_, a, b); }
 
-  // All blocks of the space wait for each other, and see what any wrote before.
-  // The counter only grows.
+  // All blocks of the space wait for each other, and see what any wrote before. The counter only grows.
   __device__ void meet() {
     __syncthreads();
     if (blocks_ == 1) return;
@@ -180,8 +177,65 @@ class MatchBoard {
     __syncthreads();
   }
 
-  // One warp: first edge of a part of row k over the allowed columns, as
-  // {value, 0, column}; valid in every lane.
+  __device__ int budget() const { return s_.budget < 0 ? 0 : s_.budget > n_ ? n_ : int(s_.budget); }
+
+  // Copies the matrix, clears outputs and state; false if it holds NaN or is not symmetric.
+  __device__ bool start() {
+    scalar_t* value = static_cast<scalar_t*>(s_.value);
+    if (thread() == 0) {
+      s_.status[rule::kLifted] = 0;
+      s_.status[rule::kDeadlock] = -1;
+      s_.status[rule::kNanAt] = s_.status[rule::kAsymmetricAt] = INT64_MAX;
+      w_.state()->count = 0;
+      w_.state()->event = INT_MAX;
+      for (int m = 0; m < models_; ++m) w_.state()->left[m] = budget();
+    }
+    for (int k = thread(); k < n_; k += threads()) {
+      w_.models()[k] = 1 << (k / (n_ / models_));
+      w_.parent()[k] = k;
+      w_.stamp()[k] = w_.merges()[k] = 0;
+      s_.group[k] = -1;
+    }
+    for (int t = thread(); t < merges_; t += threads()) {
+      s_.pair[2 * t] = s_.pair[2 * t + 1] = -1;
+      value[t] = scalar_t(NAN);
+    }
+    meet();
+    const int side = (n_ + kMatchTile - 1) / kMatchTile;
+    for (int64_t q = block_; q < int64_t(side) * side; q += blocks_)
+      if (q / side <= q % side) copy_tiles(int(q / side) * kMatchTile, int(q % side) * kMatchTile);
+    meet();
+    return s_.status[rule::kNanAt] == INT64_MAX && s_.status[rule::kAsymmetricAt] == INT64_MAX;
+  }
+
+  // The tile at (i0, j0), j0 >= i0, and its mirror image: copied with -inf on the diagonal and beyond n, and compared.
+  __device__ void copy_tiles(int i0, int j0) {
+    constexpr int kArea = kMatchTile * kMatchTile;
+    const scalar_t* in = static_cast<const scalar_t*>(s_.sim);
+    for (int e = threadIdx.x; e < kArea; e += kMatchThreads)
+      m_.tile[e / kMatchTile][e % kMatchTile] = copy(in, i0 + e / kMatchTile, j0 + e % kMatchTile);
+    __syncthreads();
+    for (int e = threadIdx.x; e < kArea; e += kMatchThreads) {
+      const int j = e / kMatchTile,
+                i = e % kMatchTile;  // of the tile; the columns of the mirror image
+      const scalar_t v = i0 == j0 ? m_.tile[j][i] : copy(in, j0 + j, i0 + i), other = m_.tile[i][j];
+      if (i0 + i < j0 + j && v == v && other == other && v != other)
+        note(rule::kAsymmetricAt, int64_t(i0 + i) * n_ + j0 + j);
+    }
+    __syncthreads();
+  }
+  __device__ scalar_t copy(const scalar_t* in, int i, int j) {
+    if (i >= n_ || j >= w_.packs() * kSize) return none();
+    const scalar_t v = i == j || j >= n_ ? none() : in[int64_t(i) * n_ + j];
+    if (v != v) note(rule::kNanAt, int64_t(i) * n_ + j);
+    row(i)[j] = v;
+    return v;
+  }
+  __device__ void note(int field, int64_t at) {
+    atomicMin(reinterpret_cast<long long*>(s_.status + field), (long long)at);
+  }
+
+  // One warp: first edge of a part of row k over the allowed columns, as {value, 0, column}; valid in every lane.
   __device__ Edge<scalar_t> scan(int k, int part, int parts, int exhausted) const {
     const int forbidden = rule::forbids(w_.models()[k], exhausted), size = (w_.packs() + parts - 1) / parts;
     const int begin = part * size, end = begin + size < w_.packs() ? begin + size : w_.packs();
@@ -217,9 +271,8 @@ class MatchBoard {
     }
   }
 
-  // The block: looks at the rows of a list again.  Few rows are cut into parts,
-  // so that no warp idles.  What becomes of a row counts for `mine` of one
-  // thread.
+  // The block: looks at the rows of a list again.  Few rows are cut into parts, so that no warp idles.  What becomes of
+  // a row counts for `mine` of one thread.
   __device__ void rescan(const int* list, int rows, int exhausted, Edge<scalar_t>& mine) {
     int parts = kMatchWarps;
     while (parts > 1 && parts * rows > kMatchWarps) parts /= 2;
@@ -243,8 +296,7 @@ class MatchBoard {
     }
   }
 
-  // One warp: row k's columns after the merges [first, last) of one round, in
-  // which no slot has two.
+  // One warp: row k's columns after the merges [first, last) of one round, in which no slot has two.
   __device__ void merge_columns(int k, int first, int last) {
     scalar_t* r = row(k);
     for (int t = first + lane(); t < last; t += kChunk) {
@@ -262,8 +314,7 @@ class MatchBoard {
     }
   }
 
-  // One warp: a chunk of row i after its merge with row j.  The diagonal stays
-  // -inf.
+  // One warp: a chunk of row i after its merge with row j.  The diagonal stays -inf.
   __device__ void merge_rows(int i, int j, int chunk) {
     Packed *a = packs(i), x[kAhead], y[kAhead];
     const Packed* b = packs(j);
@@ -280,10 +331,9 @@ class MatchBoard {
     }
   }
 
-  // The block: brings its rows up to date with the merges [first, last) of a
-  // round, or with the groups of a rebuild, and looks again at those whose
-  // first edge they touched, or at all.  The first edge of the block's rows;
-  // valid in every thread.
+  // The block: brings its rows up to date with the merges [first, last) of a round, or with the groups of a rebuild,
+  // and looks again at those whose first edge they touched, or at all.  The first edge of the block's rows; valid in
+  // every thread.
   __device__ Edge<scalar_t> look(int first, int last, int round, int exhausted, bool all, bool rebuilt) {
     Edge<scalar_t> mine = no_edge();
     const int own = own_rows();
@@ -319,15 +369,13 @@ class MatchBoard {
 
   // --- taking merges back: every group anew from the input
 
-  // An entry after `depth` merges.  The addition makes zeros positive: members
-  // come in any order.
+  // An entry after `depth` merges.  The addition makes zeros positive: members come in any order.
   __device__ scalar_t scaled(scalar_t v, int depth) const {
     for (int d = 0; d < depth; ++d) v = alpha_ * v + scalar_t(0);
     return v;
   }
 
-  // Lists the members of each group below its slot, with the number of merges
-  // that each took part in.
+  // Lists the members of each group below its slot, with the number of merges that each took part in.
   __device__ void list_groups() {
     for (int k = thread(); k < n_; k += threads()) {
       int root = k, depth = w_.merges()[k];
@@ -380,9 +428,8 @@ class MatchBoard {
     return x;
   }
 
-  // One warp: row k's columns from single features to groups.  The diagonal
-  // comes from the input: what was made of it is in the columns of the row's
-  // own group.
+  // One warp: row k's columns from single features to groups.  The diagonal comes from the input: what was made of it
+  // is in the columns of the row's own group.
   __device__ void group_columns(int k) {
     scalar_t* r = row(k);
     for (int g = lane(); g < w_.state()->grouped; g += 32) {
@@ -398,7 +445,8 @@ class MatchBoard {
     if (lane() == 0) r[k] = none();
   }
 
-  int n_, block_, blocks_;
+  const MatchSpace& s_;
+  int n_, merges_, models_, block_, blocks_;
   scalar_t alpha_;
   bool compat_;
   unsigned met_ = 0;  // what the counter will show when all blocks arrived
