@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``zip_match``: half of the features of two models merged away, on correlations of synthetic ReLU features.
 
+On a GPU also against our own kernel of one block that makes one merge after the other, with and without budgets, and
+all spaces of a ResNet-50 in one call against one call each.
+
 Two rules at α = 0.3, β = 0.125: ``compat`` (the public code's, so that merges can be held against it one by one) and
 ``strict`` (the default).  The floor is one copy of the matrix.  Timing is one half; the memory beyond the input and the
 exponent of growth are the other, as the public loop's O(n³) bytes are what users meet first.
@@ -8,6 +11,7 @@ exponent of growth are the other, as the public loop's O(n³) bytes are what use
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -31,6 +35,9 @@ MODELS, ALPHA, BETA = 2, 0.3, 0.125
 SIZES = [256, 512, 1024, 2048, 4096]
 REFERENCE_UP_TO = 512
 SPACES, SPACE_SIZE = 12, 512
+SEQUENTIAL = "sequential"
+CUDA_SIZES = [1024, 2048, 4096, 8192]
+RESNET50 = {128: 7, 256: 8, 512: 13, 1024: 7, 2048: 1, 4096: 1}  # two models: features of its 37 spaces
 
 
 @dataclass(frozen=True)
@@ -54,24 +61,26 @@ def similarity(n: int, device: str = "cpu", seed: int = 0) -> Tensor:
     """Exactly symmetric float32 correlations of ReLU features; half of the factors are shared by both models."""
     generator = torch.Generator().manual_seed(1000 * n + seed)
     rank, samples = n // 4, 2 * n
-    factors = torch.randn(rank, samples, generator=generator)
+    factors = torch.randn(rank, samples, generator=generator).to(device)
     rows = []
     for _ in range(MODELS):
-        mix = torch.randn(n // MODELS, rank, generator=generator) / math.sqrt(rank)
-        noise = torch.randn(n // MODELS, samples, generator=generator)
+        mix = torch.randn(n // MODELS, rank, generator=generator).to(device) / math.sqrt(rank)
+        noise = torch.randn(n // MODELS, samples, generator=generator).to(device)
         rows.append(torch.relu(mix @ factors + 0.5 * noise - 0.2))
     sim = torch.corrcoef(torch.cat(rows).double()).float()
     upper = torch.triu(sim, 1)
-    return (upper + upper.T).fill_diagonal_(1).to(device)
+    return (upper + upper.T).fill_diagonal_(1)
 
 
 def budget_of(n: int) -> int:
     return int((n // 2) // MODELS * BETA + 1e-4)
 
 
-def match(sim: list[Tensor], compat: bool) -> tuple[Tensor, ...]:
+def match(sim: list[Tensor], compat: bool, path: str = "auto", free: bool = False) -> tuple[Tensor, ...]:
+    """``free``: with budgets that nothing can use up."""
     keep = [t.shape[0] // 2 for t in sim]
-    return zipfast.ops.zip_match(sim, MODELS, keep, [budget_of(t.shape[0]) for t in sim], ALPHA, compat)
+    budget = [t.shape[0] if free else budget_of(t.shape[0]) for t in sim]
+    return zipfast.ops.zip_match(sim, MODELS, keep, budget, ALPHA, compat, path)
 
 
 def agree(ours: tuple[Tensor, ...], theirs: Any, name: str) -> None:
@@ -100,6 +109,8 @@ def job(case: Case, device: str) -> Job:
         found[peers.ZIPIT] = Peer(
             lambda metric: public.match_tensors_zipit(metric, r=0.5, a=ALPHA, b=BETA), lambda: {"cossim": sim.clone()}
         )
+    if device != "cpu" and not case.compat:
+        found[SEQUENTIAL] = Peer(lambda: match([sim], case.compat, SEQUENTIAL))
     extra = {"budget": budget_of(case.n), "merges": case.n // 2, "lifted": int(ours()[3][0, 0])}
     options = {"bytes": 2.0 * sim.numel() * sim.element_size(), "budget_s": 6.0, "extra": extra}
     return Job(OP, case.name, Peer(ours), found, agree, options, annotate if case.n == max(SIZES) else None)
@@ -119,6 +130,36 @@ def list_job(device: str) -> Job:
     }
     name = f"{SPACES} spaces of n={SPACE_SIZE} strict, one call"
     return Job(OP, name, Peer(lambda: match(sims, False)), {f"{SPACES} calls": Peer(each)}, agree, options)
+
+
+def free_job(n: int, device: str) -> Job:
+    """With budgets that never run out, rounds on the whole GPU against one block that makes one merge after the other."""
+    sim = similarity(n, device)
+    found = {SEQUENTIAL: Peer(lambda: match([sim], False, SEQUENTIAL, True))}
+    options = {"bytes": 2.0 * sim.numel() * sim.element_size(), "extra": {"merges": n // 2}}
+    return Job(OP, f"n={n} no budget", Peer(lambda: match([sim], False, "rounds", True)), found, agree, options)
+
+
+def network_job(device: str) -> Job:
+    """All spaces of a ResNet-50 in one call against one call each."""
+    sims = [similarity(n, device, seed) for n, times in RESNET50.items() for seed in range(times)]
+
+    def each(path: str) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(part) for part in zip(*[match([t], False, path) for t in sims]))
+
+    found = {
+        f"{len(sims)} calls": Peer(lambda: each("rounds")),
+        SEQUENTIAL: Peer(lambda: match(sims, False, SEQUENTIAL)),
+    }
+    options = {
+        "bytes": 2.0 * sum(t.numel() * t.element_size() for t in sims),
+        "extra": {"spaces": len(sims)},
+    }
+    return Job(OP, f"ResNet-50, {len(sims)} spaces", Peer(lambda: match(sims, False)), found, agree, options)
+
+
+def cuda_jobs(device: str) -> list[Callable[[], Job]]:
+    return [*(functools.partial(free_job, n, device) for n in CUDA_SIZES), functools.partial(network_job, device)]
 
 
 # ---------------------------------------------------------------------------------------------------- memory and growth
@@ -190,10 +231,20 @@ def test_zip_match_list(run: Run, timed: Callable[[Job], Row]) -> None:
     timed(list_job(run.device))
 
 
+@pytest.mark.parametrize("number", range(len(CUDA_SIZES) + 1))
+def test_zip_match_cuda(number: int, run: Run, timed: Callable[[Job], Row]) -> None:
+    if run.device == "cpu":
+        pytest.skip("compares CUDA kernels")
+    timed(cuda_jobs(run.device)[number]())
+
+
 def jobs(device: str) -> Iterator[Job]:
     for case in CASES:
         yield job(case, device)
     yield list_job(device)
+    if device != "cpu":
+        for make in cuda_jobs(device):
+            yield make()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@
 #include <cassert>
 #include <cstring>
 #include <limits>
+#include <string>
 
 #include "cpu/simd.h"
 #include "rule.h"
@@ -315,8 +316,8 @@ ZF_MULTIVERSION void run_space(Matcher<double>& m) { m.run(); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> zip_match_cpu(const std::vector<Tensor>& sim, int64_t models,
                                                          const std::vector<int64_t>& keep,
-                                                         const std::vector<int64_t>& budget, double alpha,
-                                                         bool compat) {
+                                                         const std::vector<int64_t>& budget, double alpha, bool compat,
+                                                         std::string) {
   const int64_t spaces = int64_t(sim.size());
   STD_TORCH_CHECK(spaces > 0 && keep.size() == sim.size() && budget.size() == sim.size() && models > 0 && models < 32,
                   "zip_match: malformed arguments");

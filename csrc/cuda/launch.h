@@ -402,7 +402,13 @@ cudaError_t sparse_linear_weight(DType dtype, const SparseJob& job, cudaStream_t
 
 // --- zip_match
 // --------------------------------------------------------------------------------------------------------
-constexpr int kMatchSpaces = 32;
+#ifdef ZF_EMU
+constexpr int kMatchThreads = 64;
+constexpr int kMatchSpaces = 32;  // small: tests are to see several launches
+#else
+constexpr int kMatchThreads = 512;
+constexpr int kMatchSpaces = 256;
+#endif
 
 struct MatchSpace {
   const void* sim;  // [n, n]
@@ -412,15 +418,20 @@ struct MatchSpace {
   int64_t* status;  // [kStatusFields]
   int64_t budget;
   int n, keep;
+  // The space's blocks; one block may have several spaces, which it takes in turn.
+  int block, blocks, next;  // next: the block's next space, -1: none
+  bool head;                // the first space of its blocks
+  int64_t scratch;          // bytes from MatchJob::scratch
 };
 struct MatchJob {
   MatchSpace space[kMatchSpaces];
-  void* scratch;  // zip_match_scratch(dtype, largest n) bytes
+  void* scratch;
   double alpha;
-  int spaces, models, largest;
-  bool compat;
+  int spaces, models, blocks;
+  bool compat, sequential;
 };
-int64_t zip_match_scratch(DType dtype, int64_t largest);
+cudaError_t zip_match_resident(DType dtype, int& blocks);  // how many the device holds at once
+int64_t zip_match_bytes(DType dtype, int64_t n, int64_t blocks);
 cudaError_t zip_match(DType dtype, const MatchJob& job, cudaStream_t stream);
 
 }  // namespace zipfast::cuda

@@ -563,6 +563,128 @@ def test_complete_linkage(backend: str, device: str, n: int, keep: int) -> None:
     assert np.array_equal(label[:, None] == label[None, :], got.group[:, None] == got.group[None, :])
 
 
+# --- the CUDA kernels: paths, and blocks shared out over spaces --------------------------------------------------------
+
+PATHS = zip_match.paths.names
+
+
+@pytest.fixture(params=["emu", "cuda"])
+def kernels(request: pytest.FixtureRequest):
+    """The device of the arguments, while the CUDA source runs: emulated, or on a GPU."""
+    if (reason := zipfast.ops.why_not(request.param)) is not None:
+        pytest.skip(f"backend {request.param!r}: {reason}")
+    with zipfast.backend(request.param):
+        yield "cuda" if request.param == "cuda" else "cpu"
+
+
+def by(path: str):
+    return lambda *args: zip_match(*args, path)
+
+
+def hard_cases() -> list[Case]:
+    """One of each kind of end, and of what takes merges back."""
+    real, tied, relu = (similarity(kind, 24, 5) for kind in ("real", "coarse", "relu"))
+    bad, skew = real.copy(), real.copy()
+    bad[3, 20] = NAN
+    skew[4, 9] += 1
+    return [
+        Case(real, 2, 3, MANY, 0.3, False),  # to the negative ones
+        Case(tied, 3, 4, 1, 0.9, False),  # budgets run out among ties, one model after the other
+        Case(tied, 3, 4, 1, 0.9, True),
+        Case(tied, 4, 6, 2, 1.0, False),
+        Case(tied.astype(np.float64), 4, 6, 2, 0.5, True),
+        Case(similarity("positive", 24, 6), 2, 2, 3, 0.3, False),  # lifted
+        Case(relu, 2, 9, 4, 1e-4, False),
+        Case(relu, 2, 12, 2, 0.0, False),
+        Case(similarity("sparse", 24, 7), 1, 1, 3, 0.5, False),  # a deadlock
+        Case(tied, 1, 1, 11, 1.0, True),  # the only model is spent: a deadlock
+        Case(similarity("negative", 24, 8), 2, 8, 2, 0.3, False),
+        Case(similarity("chain", 24, 9), 2, 5, 8, 0.9, False),
+        Case(bad, 2, 5, 2, 0.3, False),
+        Case(skew, 2, 5, 2, 0.3, False),
+    ]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_each_path_agrees_with_the_reference(kernels: str, path: str) -> None:
+    statuses = set()
+    for case in hard_cases():
+        (got,) = run_list([case], kernels, by(path))
+        assert got.same_bits(reference(case)), case[1:]
+        statuses |= {k for k in range(4) if got.status[k] != (0 if k == LIFTED else -1)}
+    assert statuses == {LIFTED, DEADLOCK, NAN_AT, ASYMMETRIC_AT}
+
+
+def test_unknown_path_is_refused(kernels: str) -> None:
+    with pytest.raises(ValueError, match="zip_match: 'path' must be one of auto, rounds, sequential, got 'fast'"):
+        zip_match([S.to(kernels)], 2, [2], [1], 1.0, False, "fast")
+
+
+# Rows of a few accesses of 16 bytes, one more or less; tiles of the emulator's 16; the last has a row of two chunks.
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [(n, t) for n in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33) for t in (np.float32, np.float64)]
+    + [(130, np.float32), (260, np.float64)],
+)
+def test_sizes_of_the_kernels(kernels: str, n: int, dtype: type) -> None:
+    case = Case(similarity("coarse", n, n, dtype), 1, max(n // 2, n - 60, 1), max(n // 8, 1), 0.9, n % 2 == 0)
+    (got,) = run_list([case], kernels, by("rounds"))
+    assert got.same_bits(reference(case))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_misaligned(kernels: str, path: str, offset: int) -> None:
+    for case in (
+        Case(similarity("coarse", 24, 1), 2, 8, 2, 0.9, False),
+        Case(similarity("coarse", 24, 2, np.float64), 2, 8, 2, 0.9, True),
+    ):
+        n = len(case.sim)
+        room = torch.zeros(n * n + offset, dtype=torch.from_numpy(case.sim).dtype, device=kernels)
+        sim = room[offset:].view(n, n).copy_(torch.from_numpy(case.sim))
+        assert sim.data_ptr() % 16 or (offset * sim.element_size()) % 16 == 0
+        got = zip_match([sim], case.models, [case.keep], [case.budget], case.alpha, case.compat, path)
+        assert Result(*(t.cpu().numpy() for t in (*got[:3], got[3][0]))).same_bits(reference(case))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "sizes",
+    [(40, 2), (2, 30, 4), (6, 40, 2, 2, 12), (20, 20), (16,) * 4, (2,) * 9, (30, 4, 4, 4, 4, 4, 4, 4, 4, 2, 26)],
+    ids=str,
+)
+def test_spaces_of_one_call_whatever_their_sizes(kernels: str, path: str, sizes: tuple) -> None:
+    """Many blocks for a large one, several spaces for one block, more spaces than there are blocks."""
+    spaces = [
+        Case(similarity(KINDS[k % len(KINDS)], n, k), 2, max(n // 2, 1), (MANY, n // 8)[k % 2], 0.3, False)
+        for k, n in enumerate(sizes)
+    ]
+    for got, case in zip(run_list(spaces, kernels, by(path)), spaces, strict=True):
+        assert got.same_bits(reference(case))
+
+
+def test_one_refused_space_does_not_hold_up_the_others(kernels: str) -> None:
+    bad = similarity("real", 8, 0)
+    bad[1, 5] = NAN
+    skew = similarity("real", 30, 0)
+    skew[1, 25] = 9
+    for sims in ([bad] * 5 + [similarity("relu", 30, 1)], [skew, similarity("relu", 8, 2)] * 3):
+        spaces = [Case(s, 2, len(s) // 2, 1, 0.3, False) for s in sims]
+        for got, case in zip(run_list(spaces, kernels, by("rounds")), spaces, strict=True):
+            assert got.same_bits(reference(case))
+
+
+def test_groups_of_many_depths_are_made_anew(kernels: str) -> None:
+    """Budgets that run out late, after groups have grown: merges that are kept have merges below them."""
+    for n, models, budget, alpha, compat in ((40, 2, 14, 0.9, False), (36, 3, 8, 0.7, True), (40, 4, 6, 0.95, False)):
+        sim = np.sqrt(similarity("positive", n, n))
+        case = Case((sim / (sim.max() + 1)).astype(np.float32), models, models + 1, budget, alpha, compat)
+        (got,) = run_list([case], kernels, by("rounds"))
+        assert got.same_bits(reference(case))
+        slots = got.pair[:, 0].tolist()
+        assert max(slots.count(k) for k in set(slots)) > 2
+
+
 # --- what only the values can tell ------------------------------------------------------------------------------------
 
 

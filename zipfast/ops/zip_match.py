@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
+from ._paths import Paths
 from ._registry import op
 
 NAME = "zip_match"
@@ -51,7 +52,9 @@ def _contract(sim: list[Tensor], models: int, keep: list[int], budget: list[int]
     check.check_same(NAME, "sim", sim)
 
 
-def _fake(sim: list[Tensor], models: int, keep: list[int], budget: list[int], alpha: float, compat: bool):
+def _fake(
+    sim: list[Tensor], models: int, keep: list[int], budget: list[int], alpha: float, compat: bool, path: str = "auto"
+):
     features = sum(t.shape[0] for t in sim)
     merges = sum(t.shape[0] - k for t, k in zip(sim, keep))
     new = sim[0].new_empty
@@ -64,13 +67,14 @@ def _fake(sim: list[Tensor], models: int, keep: list[int], budget: list[int], al
 
 
 @op(
-    "zip_match(Tensor[] sim, int models, int[] keep, int[] budget, float alpha, bool compat) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "zip_match(Tensor[] sim, int models, int[] keep, int[] budget, float alpha, bool compat, "
+    'str path="auto") -> (Tensor, Tensor, Tensor, Tensor)',
     contract=_contract,
     fake=_fake,
+    paths=Paths(("rounds", "sequential")),
 )
 def zip_match(
-    sim: list[Tensor], models: int, keep: list[int], budget: list[int], alpha: float, compat: bool
+    sim: list[Tensor], models: int, keep: list[int], budget: list[int], alpha: float, compat: bool, path: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Merge the most similar pair of groups again and again, until ``keep`` groups remain.
 
@@ -98,6 +102,9 @@ def zip_match(
             from β).
         alpha: in [0, 1].
         compat: which rule; needs alpha > 0.
+        path: which CUDA kernel (see ``docs/kernels.md``): ``"rounds"`` merges all pairs at once that must come, with the
+            blocks of the GPU shared out over the spaces; ``"sequential"``, one merge after the other, one block per space;
+            ``"auto"``: rounds.
 
     Returns:
         Over all spaces, one after the other:
@@ -113,7 +120,8 @@ def zip_match(
         TypeError, ValueError, RuntimeError: dtype, shape, range, device.
 
     Cost and determinism: C++: O(F²) plus rescans, see csrc/cpu/zip_match.cpp; CUDA: 5 to 40 rounds over the matrix, see
-    csrc/cuda/zip_match.cu; this reference: O(K·F²).  The same bits on every backend, ties included.
+    csrc/cuda/zip_match.cu, and one copy of the matrix of every space that is worked on at once, which are at most as many
+    as the GPU has multiprocessors; this reference: O(K·F²).  The same bits on every backend and path, ties included.
 
     Reference: Stoica et al. 2024 (arXiv 2305.03053), §4.3 and App. A.
     """
