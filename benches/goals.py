@@ -141,17 +141,22 @@ def cases(goal: Goal, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return exact or begins
 
 
+def peers(goal: Goal, row: dict[str, Any]) -> list[dict[str, float]]:
+    for words in goal.peer:
+        found = [p for name, p in row["peers"].items() if words.lower() in name.lower()]
+        if found:
+            return found
+    return []
+
+
 def measured(goal: Goal, row: dict[str, Any], document: dict[str, Any]) -> float | str:
     """The quantity of a goal in a row, or why it is not there."""
     ms: float = row["ours"]["ms"]
     if goal.quantity == "ms":
         return ms
     if goal.quantity == "ratio":
-        for words in goal.peer:
-            ratios = [p["ratio"] for name, p in row["peers"].items() if words.lower() in name.lower()]
-            if ratios:
-                return min(ratios)
-        return f"no peer {goal.peer[0]!r}"
+        ratios = [p["ratio"] for p in peers(goal, row)]
+        return min(ratios) if ratios else f"no peer {goal.peer[0]!r}"
     copy = next((c["value"] for c in document["ceilings"] if c["name"] == "copy"), None)
     if not copy or not row.get("bytes"):
         return "no copy ceiling" if not copy else "bytes not counted"

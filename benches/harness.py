@@ -375,4 +375,4 @@ def main(jobs: Callable[[str], Iterable[Job]]) -> None:
     with torch.inference_mode():
         for job in jobs(device):
             print(run.measure(job).summary(), flush=True)
-    run.finish(measure(device))
+    run.finish(measure(device, skinny=False))

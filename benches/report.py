@@ -31,7 +31,7 @@ This page is generated from `benches/results/*.json`; do not edit it. To measure
 
 ```
 pytest benches                     # CPU; ZIPFAST_ZIPIT=<checkout of the public ZipIt code> adds it as a peer
-pytest benches --device cuda       # GPU; `make gpu` runs this after the tests
+make gpu ONLY=bench                # GPU; one of them: ONLY=bench:moments
 python benches/report.py
 ```
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -57,8 +58,8 @@ def forced(op: Op, path: str) -> Iterator[None]:
 
 def refusal(op: Op, error: Exception) -> str | None:
     """The sentence with which an op says that a path cannot run here; None where the error is another one."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    return text if isinstance(error, RuntimeError) and op.name in text and "path" in text else None
+    said = re.search(rf"{op.name}: .*", str(error))  # behind the place in the C++ source
+    return said[0] if isinstance(error, RuntimeError) and said and "path" in said[0] else None
 
 
 def ways(case: Case) -> Iterator[tuple[Op | None, str]]:
@@ -92,7 +93,9 @@ def touch(backend: str = "cuda") -> None:
                     equal_nan=True,
                     msg=lambda text, case=case, path=path: f"{case.ops[0]}, path {path!r}: {text}",
                 )
-    missing = sorted(OPS[n].name for n in OPS if OPS[n].host_only is None and n not in {o for c in cases() for o in c.ops})
+    missing = sorted(
+        OPS[n].name for n in OPS if OPS[n].host_only is None and n not in {o for c in cases() for o in c.ops}
+    )
     if missing:
         raise SystemExit(f"touch.py has no case of {', '.join(missing)}")
     print(DONE)
