@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,18 @@ SCHEMA = 1
 
 def results_folder() -> Path:
     return Path(os.environ.get("RESULTS") or ROOT / "benches" / "results")
+
+
+def commit() -> str:
+    if os.environ.get("ZIPFAST_COMMIT"):
+        return os.environ["ZIPFAST_COMMIT"]
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10)
+        status = ["git", "status", "--porcelain", "--", "csrc", "zipfast"]
+        changed = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return "unknown" if asked.returncode else asked.stdout.strip() + ("+changes" if changed else "")
 
 
 def write_json(path: Path, document: Any) -> None:

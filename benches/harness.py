@@ -19,7 +19,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from files import ROOT, SCHEMA, results_folder, validate, write_json
+from files import ROOT, SCHEMA, commit, results_folder, validate, write_json  # noqa: F401 (benches take ROOT from here)
 
 import zipfast
 
@@ -258,18 +257,6 @@ def served_by(device: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- results
-
-
-def commit() -> str:
-    if os.environ.get("ZIPFAST_COMMIT"):
-        return os.environ["ZIPFAST_COMMIT"]
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10)
-        status = ["git", "status", "--porcelain", "--", "csrc", "zipfast"]
-        changed = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return "unknown" if asked.returncode else asked.stdout.strip() + ("+changes" if changed else "")
 
 
 def cpu_model() -> str:

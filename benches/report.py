@@ -281,11 +281,30 @@ def whole(folder: Path) -> list[str]:
     return [*merge_cost(folder), *logme_cost(folder), *soup_cost(folder), *lottery_cost(folder)]
 
 
-def page(documents: list[dict[str, Any]], systems: list[str] | None = None) -> str:
+def steps(folder: Path) -> list[str]:
+    """What ``make gpu`` ran, from gpu.json; nothing where it met no GPU."""
+    path = folder / "gpu.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    if document.get("dry") or not document.get("gpu"):
+        return []
+    commit = document["commit"]
+    rows = [[s["step"], f"{s['seconds']:.0f}", s["status"].splitlines()[0]] for s in document["steps"]]
+    return [
+        "### Steps of `make gpu`",
+        "",
+        f"{document['gpu']}, commit {commit[:12]}{'+' * ('+' in commit)}, {document['date']}; "
+        f"{sum(s['seconds'] for s in document['steps']):.0f} s of {document['deadline_s']:.0f} s.",
+        "",
+        table(["step", "seconds", "status"], rows),
+    ]
+
+
+def page(documents: list[dict[str, Any]], systems: list[str] | None = None, ran: list[str] | None = None) -> str:
     gpu = [d for d in documents if d["machine"]["gpu"]]
     cpu = [d for d in documents if not d["machine"]["gpu"]]
     lines = [HEAD, *section("CPU", cpu, "not measured yet"), *(systems or [])]
     lines += [GOALS, "", *goals.lines(goals.evaluate(documents)), *section("GPU", gpu, "not measured yet")]
+    lines += ran or []
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -299,7 +318,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     options = parser.parse_args()
     documents = load(options.results)
-    pages = {options.page: page(documents, whole(options.results))}
+    pages = {options.page: page(documents, whole(options.results), steps(options.results))}
     kernels = options.kernels or (KERNELS if options.page == PAGE else None)
     if kernels is not None:
         pages[kernels] = goals.between(kernels.read_text(), goals.evaluate(documents))

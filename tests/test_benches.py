@@ -211,6 +211,17 @@ def test_page_with_a_gpu(tmp_path: Path) -> None:
     assert text.split("## CPU")[1].split("## Goals")[0].strip() == "not measured yet"
 
 
+def test_page_with_the_steps(tmp_path: Path) -> None:
+    assert report.steps(tmp_path) == []
+    ran = {"step": "tests", "status": "failed: no end\nmore", "seconds": 12.3, "tail": ""}
+    document = {"gpu": "A GPU", "commit": "0123456789abcdef", "date": "2026-01-02", "deadline_s": 460.0, "steps": [ran]}
+    for change, shown in (({}, True), ({"dry": True}, False), ({"gpu": None}, False)):
+        (tmp_path / "gpu.json").write_text(json.dumps(document | change))
+        text = report.page([], ran=report.steps(tmp_path))
+        assert ("| tests | 12 | failed: no end |" in text) == shown
+        assert ("A GPU, commit 0123456789ab, 2026-01-02; 12 s of 460 s." in text) == shown
+
+
 def test_page_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     sample(tmp_path)
     page = tmp_path / "benchmarks.md"
@@ -234,7 +245,7 @@ def test_committed_page_is_generated() -> None:
     if not list(folder.glob("*.json")) or not report.PAGE.exists():
         pytest.skip("no results in this checkout")
     documents = report.load(folder)
-    assert report.PAGE.read_text() == report.page(documents, report.whole(folder))
+    assert report.PAGE.read_text() == report.page(documents, report.whole(folder), report.steps(folder))
     kernels = report.KERNELS.read_text()
     assert kernels == goals.between(kernels, goals.evaluate(documents))
 
@@ -374,7 +385,7 @@ def test_without_a_usable_gpu(
     monkeypatch.setattr(gpu, "info", lambda: gpu.Outcome("info", "ok", 0.0, "made up"))
     assert gpu.main([]) == code and gpu.main(["--require"]) == strict
     steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
-    assert steps[0]["step"] == "info" and steps[-1]["step"].startswith("sanitizer")
+    assert steps[0]["step"] == "info" and steps[-1]["step"] == "report:last"
     assert all(s["status"] == obstacle for s in steps[1:])
     if code == 0:
         assert "NOT RUN: build, touch, tests, streams" in capsys.readouterr().out
@@ -419,6 +430,21 @@ def test_steps_by_name_and_part() -> None:
     assert gpu.chosen([]) == gpu.steps()
     with pytest.raises(SystemExit, match="no step is called 'benches'; there are build, touch, tests"):
         gpu.chosen(["benches"])
+
+
+def test_parts_run_alone_share_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "unusable", lambda built: None)
+    monkeypatch.setattr(gpu, "info", lambda: gpu.Outcome("info", "ok"))
+    monkeypatch.setattr(gpu, "execute", lambda step, limit, environment: gpu.Outcome(step.name, "ok"))
+
+    def after(*only: str) -> list[str]:
+        gpu.main(["--only", *only])
+        return [s["step"] for s in json.loads((tmp_path / "gpu.json").read_text())["steps"]]
+
+    assert after("touch", "second") == ["info", "touch", "second"]
+    assert after("touch", "large") == ["second", "info", "touch", "large"]
+    monkeypatch.setenv("ZIPFAST_COMMIT", "another")
+    assert after("paths") == ["info", "paths"]
 
 
 def test_nothing_runs_after_a_failed_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,7 +495,7 @@ def test_dry_run_of_some_steps(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     before = untouched()
     assert gpu.main(["--dry-run", "--only", "build", "ceilings", "bench:regroup", "report", "sanitizer"]) == 0
     said = capsys.readouterr().out
-    assert said.count("dry: ok") == 2 * 7 and "nothing was measured" in said
+    assert said.count("dry: ok") == 2 * 8 and "nothing was measured" in said
     assert before == untouched() and not list(tmp_path.iterdir())
 
 
