@@ -46,7 +46,7 @@ BENCHES = (  # seconds; those of a goal first
     ("moments", 30),
     ("sparse_linear", 18),
     ("zip_match", 24),
-    ("evidence", 20),
+    ("evidence", 48),
     ("threshold", 14),
     ("masked_step", 14),
     ("blend", 12),
@@ -166,7 +166,7 @@ def sanitizer_step(kind: str) -> Step:
     command = [tool, "--tool", kind, "--error-exitcode", str(SANITIZER_FOUND), *program]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a neighbour in torch's pool hides an overrun
     stand_in = [PYTHON, str(HERE / "gpu.py"), "--check-sanitizer", *command[1:]]
-    return Step(f"sanitizer:{kind}", 18, command, judge_sanitizer, environment, (Dry(stand_in, judge_exit),))
+    return Step(f"sanitizer:{kind}", 14, command, judge_sanitizer, environment, (Dry(stand_in, judge_exit),))
 
 
 def check_sanitizer(arguments: list[str]) -> int:
@@ -196,7 +196,7 @@ def steps() -> list[Step]:
     return [
         Step(
             "build",
-            68,
+            64,
             [PYTHON, "setup.py", "build_ext", "--inplace"],
             judge_exit,
             {"ZIPFAST_NATIVE": "1", "ZIPFAST_CUDA": "1"},
@@ -204,14 +204,14 @@ def steps() -> list[Step]:
         ),
         Step(
             "touch",
-            15,
+            12,
             [PYTHON, str(HERE / "touch.py")],
             judge_touch,
             dry=(Dry([PYTHON, str(HERE / "touch.py"), "--backend", "emu"], judge_touch),),
         ),
         pytest_step(
             "tests",
-            72,
+            62,
             # where a package is missing, the files that need none are still run
             *("tests/ops", "tests/test_registry.py", "tests/test_backend.py", "--continue-on-collection-errors"),
             *("-m", "not (slow or large)", "-k", "cuda"),
@@ -224,10 +224,10 @@ def steps() -> list[Step]:
             *("tests/gpu/test_forced_paths.py", "-m", "gpu"),
             dry=("tests/gpu/test_forced_paths.py", "-m", "not gpu", "-k", "not cases_agree"),
         ),
-        pytest_step("second", 8, "tests/gpu/test_second_device.py", "-m", "gpu"),
+        pytest_step("second", 6, "tests/gpu/test_second_device.py", "-m", "gpu"),
         pytest_step(
             "large",
-            20,
+            16,
             *("tests/gpu/test_large.py", "-m", "large"),
             dry=("tests/gpu/test_large.py", "-k", "small and emu"),
         ),

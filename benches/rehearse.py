@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import os
 import sys
 import tempfile
@@ -42,7 +43,7 @@ FIELDS = {
     "samples": 200,
 }
 SHAPES = [(16, 3, 3, 3), (40,), (24, 16), (7,)]
-CONSTANTS: dict[str, Any] = {"SIZES": [48, 64], "SPACE_SIZE": 64, "SPACES": 3}
+CONSTANTS: dict[str, Any] = {"SIZES": [48, 64], "SPACE_SIZE": 64, "SPACES": 3, "ROTATED": 1 << 16}
 SHAPE_FUNCTIONS = ("resnet18", "resnet", "transformer")
 
 
@@ -112,26 +113,38 @@ def smaller(case: Any) -> Any:
     """A case with its sizes cut."""
     if not dataclasses.is_dataclass(case):
         return case
-    cut = {
-        f.name: min(value, FIELDS[f.name])
-        for f in dataclasses.fields(case)
-        if f.init
-        and f.name in FIELDS
-        and isinstance(value := getattr(case, f.name), int)
-        and not isinstance(value, bool)
-    }
-    return dataclasses.replace(case, **cut)
+
+    def cut(value: Any, most: int) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(v, most) for v in value)
+        return min(value, most) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    own = [f.name for f in dataclasses.fields(case) if f.init and f.name in FIELDS]
+    return dataclasses.replace(case, **{name: cut(getattr(case, name), FIELDS[name]) for name in own})
+
+
+def with_smaller_case(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A function from a case to a job, which keeps the name that the goals know."""
+
+    def job(case: Any, *more: Any, **options: Any) -> Any:
+        small = smaller(case)
+        made = make(small, *more, **options)
+        if not isinstance(made, Job) or not hasattr(case, "name"):
+            return made
+        return dataclasses.replace(made, case=made.case.replace(small.name, case.name))
+
+    return job
 
 
 def shrink(bench: ModuleType) -> None:
     """Cuts the sizes of a bench: fields of its cases, its constants, its lists of shapes."""
-    original: Callable[..., Job] = bench.job
-
-    def job(case: Any, device: str, *more: Any) -> Job:
-        made = original(smaller(case), device, *more)
-        return dataclasses.replace(made, case=getattr(case, "name", made.case))  # under the name that the goals know
-
-    bench.job = job  # type: ignore[attr-defined]
+    for name, make in list(vars(bench).items()):
+        if (
+            name.endswith("job")
+            and inspect.isfunction(make)
+            and next(iter(inspect.signature(make).parameters)) == "case"
+        ):
+            setattr(bench, name, with_smaller_case(make))
     others = [m for name, m in sys.modules.items() if name.startswith("bench_")]  # those that it took functions from
     for module in others:
         for name in SHAPE_FUNCTIONS:
