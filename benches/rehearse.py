@@ -35,6 +35,7 @@ FIELDS = {
     "channels": 6,
     "side": 3,
     "batch": 8,
+    "features": 64,
     "n": 64,
     "k": 128,
     "outputs": 5,
