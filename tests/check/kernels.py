@@ -19,11 +19,13 @@ RESERVED = 1 << 10  # bytes of shared memory that the system takes for each bloc
 
 @dataclass(frozen=True)
 class Row:
-    """``kernel``: a name, or a pattern of names as a shell would write it; the first row that fits counts."""
+    """``kernel``: a name, or a pattern of names as a shell would write it; ``form``: what the symbol must have in it, where
+    the forms of a template differ in their blocks, e.g. "ILb1E" for ``<true>``.  The first row that fits counts."""
 
     kernel: str
     threads: int
     blocks: int
+    form: str = ""
     stack: int = 0  # bytes of a stack frame that are tolerated
     why: str = ""  # the reason for a stack frame
 
@@ -40,7 +42,8 @@ class Row:
 ROWS = (
     Row("apply_mask_*", 256, 2),
     Row("blend_*", 256, 2),
-    Row("evidence_*", 256, 2),
+    Row("evidence_solve_kernel", 128, 3, form="ILb1E"),  # tridiagonal
+    Row("evidence_*", 512, 1),
     Row("gram_*", 256, 2),
     Row("masked_step_*", 256, 2),
     Row("moments_*", 256, 2),
@@ -48,7 +51,7 @@ ROWS = (
     Row("regroup_*", 256, 2),
     Row("sparse_linear_*", 256, 2),
     Row("threshold_*", 256, 2),
-    Row("zip_match_*", 256, 1),
+    Row("zip_match_*", 512, 1),
 )
 
 
@@ -91,16 +94,17 @@ def read(log: str) -> list[Used]:
     return found
 
 
-def row_of(kernel: str, rows: Iterable[Row]) -> Row | None:
-    return next((r for r in rows if fnmatch.fnmatchcase(kernel, r.kernel)), None)
+def row_of(used: Used, rows: Iterable[Row]) -> Row | None:
+    return next((r for r in rows if fnmatch.fnmatchcase(used.kernel, r.kernel) and r.form in used.symbol), None)
 
 
 def table(used: list[Used], rows: tuple[Row, ...] = ROWS) -> list[str]:
-    """A line for each kernel and architecture: the most that any of its forms takes, beside what it may."""
+    """A line for each kernel, architecture and row: the most that any of its forms takes, beside what it may."""
+    groups: dict[tuple[str, str, Row | None], list[Used]] = {}
+    for u in sorted(used, key=lambda u: (u.kernel, u.architecture, u.symbol)):
+        groups.setdefault((u.kernel, u.architecture, row_of(u, rows)), []).append(u)
     lines = []
-    for kernel, architecture in sorted({(u.kernel, u.architecture) for u in used}):
-        forms = [u for u in used if (u.kernel, u.architecture) == (kernel, architecture)]
-        row = row_of(kernel, rows)
+    for (kernel, architecture, row), forms in groups.items():
         limits = (f" of {row.registers}", f" of {row.shared}") if row else ("", "")
         many = f", {len(forms)} forms" if len(forms) > 1 else ""
         lines.append(
@@ -116,7 +120,7 @@ def problems(used: list[Used], rows: tuple[Row, ...] = ROWS) -> list[str]:
     found = [] if used else ["ptxas reported no kernel"]
     fitting = set()
     for u in used:
-        row = row_of(u.kernel, rows)
+        row = row_of(u, rows)
         if row is None:
             sentence = f"kernel {u.kernel} has no row in tests/check/kernels.py: threads of a block, blocks at once"
             found += [] if sentence in found else [sentence]

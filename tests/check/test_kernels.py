@@ -78,6 +78,14 @@ def test_rows_that_fit_nothing_are_named() -> None:
     assert kernels.problems([MASK], hidden) == ["the row of 'apply_mask_*' in tests/check/kernels.py fits no kernel"]
 
 
+def test_forms_of_a_template_may_have_rows_of_their_own() -> None:
+    rows = (Row("tile_*", 128, 2, stack=8, why="a reason", form="IfLi4E"), Row("tile_*", 512, 1))
+    other = replace(TILE, symbol=TILE.symbol.replace("IfLi4E", "IdLi2E"), registers=100, stack=0, spilled=0)
+    lines = kernels.table([TILE, other], rows)
+    assert ["168 of 255 registers" in lines[1], "100 of 128 registers" in lines[0]] == [True, True]
+    assert kernels.problems([replace(TILE, spilled=0), other], rows) == []
+
+
 def test_a_stack_frame_needs_a_reason() -> None:
     rows = (Row("apply_mask_*", 256, 4, stack=16),)
     used = replace(MASK, stack=16)
