@@ -45,8 +45,8 @@ DEADLINE_S = 460.0
 BENCHES = (  # seconds; those of a goal first
     ("moments", 30),
     ("sparse_linear", 18),
-    ("zip_match", 24),
-    ("evidence", 48),
+    ("zip_match", 30),
+    ("evidence", 44),
     ("threshold", 14),
     ("masked_step", 14),
     ("blend", 12),
@@ -166,7 +166,7 @@ def sanitizer_step(kind: str) -> Step:
     command = [tool, "--tool", kind, "--error-exitcode", str(SANITIZER_FOUND), *program]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a neighbour in torch's pool hides an overrun
     stand_in = [PYTHON, str(HERE / "gpu.py"), "--check-sanitizer", *command[1:]]
-    return Step(f"sanitizer:{kind}", 14, command, judge_sanitizer, environment, (Dry(stand_in, judge_exit),))
+    return Step(f"sanitizer:{kind}", 13, command, judge_sanitizer, environment, (Dry(stand_in, judge_exit),))
 
 
 def check_sanitizer(arguments: list[str]) -> int:

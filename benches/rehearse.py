@@ -16,6 +16,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -124,15 +125,17 @@ def smaller(case: Any) -> Any:
     return dataclasses.replace(case, **{name: cut(getattr(case, name), FIELDS[name]) for name in own})
 
 
-def with_smaller_case(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A function from a case to a job, which keeps the name that the goals know."""
+def with_smaller_case(make: Callable[..., Any], parameter: str) -> Callable[..., Any]:
+    """A function from a case, or from a size, to a job, which keeps the name that the goals know."""
 
     def job(case: Any, *more: Any, **options: Any) -> Any:
-        small = smaller(case)
+        size = parameter in FIELDS
+        small = min(case, FIELDS[parameter]) if size else smaller(case)
         made = make(small, *more, **options)
-        if not isinstance(made, Job) or not hasattr(case, "name"):
+        if not isinstance(made, Job) or not (size or hasattr(case, "name")):
             return made
-        return dataclasses.replace(made, case=made.case.replace(small.name, case.name))
+        short, full = (str(small), str(case)) if size else (small.name, case.name)
+        return dataclasses.replace(made, case=re.sub(rf"(?<!\w){re.escape(short)}(?!\w)", lambda m: full, made.case))
 
     return job
 
@@ -140,12 +143,10 @@ def with_smaller_case(make: Callable[..., Any]) -> Callable[..., Any]:
 def shrink(bench: ModuleType) -> None:
     """Cuts the sizes of a bench: fields of its cases, its constants, its lists of shapes."""
     for name, make in list(vars(bench).items()):
-        if (
-            name.endswith("job")
-            and inspect.isfunction(make)
-            and next(iter(inspect.signature(make).parameters)) == "case"
-        ):
-            setattr(bench, name, with_smaller_case(make))
+        if name.endswith("job") and inspect.isfunction(make):
+            first = next(iter(inspect.signature(make).parameters), "")
+            if first == "case" or first in FIELDS:
+                setattr(bench, name, with_smaller_case(make, first))
     others = [m for name, m in sys.modules.items() if name.startswith("bench_")]  # those that it took functions from
     for module in others:
         for name in SHAPE_FUNCTIONS:
@@ -155,7 +156,12 @@ def shrink(bench: ModuleType) -> None:
         if hasattr(bench, name):
             setattr(bench, name, value)
     if hasattr(bench, "RESNET50"):
-        bench.RESNET50 = [(min(c, 4), min(s, 3), times) for c, s, times in bench.RESNET50]
+        spaces = bench.RESNET50
+        bench.RESNET50 = (  # as many spaces as there are
+            {16 + 2 * i: times for i, times in enumerate(spaces.values())}
+            if isinstance(spaces, dict)
+            else [(min(c, 4), min(s, 3), times) for c, s, times in spaces]
+        )
 
 
 def rehearse(op: str) -> list[Job]:

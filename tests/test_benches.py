@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -650,3 +651,22 @@ def test_check_looks_at_both_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert report.main() == 0
     kernels.write_text(kernels.read_text().replace("not measured", "met", 1))
     assert report.main() == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized:
+    n: int
+    features: tuple[int, ...] = (4096, 8)
+    name: str = "a case"
+
+
+def test_sizes_of_cases_are_cut_and_names_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rehearse.smaller(Sized(4096)) == Sized(rehearse.FIELDS["n"], (rehearse.FIELDS["features"], 8))
+    seen: list[int] = []
+
+    def by_size(n: int) -> harness.Job:
+        seen.append(n)
+        return harness.Job("op", f"n={n}, {n}0, x{n}", Peer(int), {}, None)
+
+    job = rehearse.with_smaller_case(by_size, "n")(4096)
+    assert (seen, job.case) == ([64], "n=4096, 640, x64")
