@@ -13,7 +13,7 @@ PYTHON := $(ENV)/bin/python
 RESULTS ?= benches/results
 PYTEST_ARGS ?=
 
-.PHONY: help demo lottery test slow check bench gpu native clean
+.PHONY: help demo lottery test slow check bench gpu gpu-dry native clean
 help:
 	@echo "make demo   train two small networks, merge them, show the result (about a minute)"
 	@echo "make lottery  find lottery tickets on handwritten digits, draw the LeNet figures into lottery-out (minutes)"
@@ -21,7 +21,8 @@ help:
 	@echo "make slow   the tests that take minutes"
 	@echo "make check  CUDA compiled and audited, sanitizers, race check, linters (needs nvcc)"
 	@echo "make bench  speed against the peers, into benches/results and docs/benchmarks.md"
-	@echo "make gpu    everything that needs an NVIDIA GPU; no network needed"
+	@echo "make gpu    everything that needs an NVIDIA GPU; no network needed; ONLY='tests bench:moments' for parts"
+	@echo "make gpu-dry  the same steps without a GPU, small, on the emulator and the CPU: measures nothing"
 
 # --system-site-packages: a torch that is there already serves, whatever its build
 $(ENV)/bin/python:
@@ -57,9 +58,18 @@ bench: native
 	PYTHONPATH=. RESULTS=$(RESULTS) $(PYTHON) benches/report.py
 
 # No environment and no network: the machine's own torch, nvcc, cmake, ninja and pybind11.
+DRY ?=
+ONLY ?=
+GPU_ARGS := $(if $(ONLY),--only $(ONLY))
+ifneq ($(strip $(DRY)),)
+gpu: gpu-dry
+else
 gpu:
-	ZIPFAST_NATIVE=1 ZIPFAST_CUDA=1 $(BASE_PYTHON) setup.py build_ext --inplace
-	PYTHONPATH=. RESULTS=$(RESULTS) $(BASE_PYTHON) benches/gpu.py
+	PYTHONPATH=. RESULTS=$(RESULTS) $(BASE_PYTHON) benches/gpu.py $(GPU_ARGS)
+endif
+
+gpu-dry: native
+	PYTHONPATH=. $(PYTHON) benches/gpu.py --dry-run $(GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info zipfast/*.so .pytest_cache

@@ -81,7 +81,8 @@ def cuda_archs() -> str:
             caps = subprocess.check_output(
                 ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], text=True, stderr=subprocess.DEVNULL
             ).split()
-            lst = ";".join(sorted(set(caps)))
+            # 9.0a serves every 9.0 device, and only it has the instructions of the kernels written for Hopper
+            lst = ";".join(sorted({"9.0a" if c == "9.0" else c for c in caps}))
         except (OSError, subprocess.CalledProcessError):
             lst = ""
     out = []

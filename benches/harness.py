@@ -15,14 +15,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
-import math
 import os
 import platform
 import re
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from files import ROOT, SCHEMA, commit, results_folder, validate, write_json  # noqa: F401 (benches take ROOT from here)
 
 import zipfast
 
-ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = 1
 Agree = Callable[[Any, Any, str], None]
 
 
@@ -264,22 +259,6 @@ def served_by(device: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def results_folder() -> Path:
-    return Path(os.environ.get("RESULTS") or ROOT / "benches" / "results")
-
-
-def commit() -> str:
-    if os.environ.get("ZIPFAST_COMMIT"):
-        return os.environ["ZIPFAST_COMMIT"]
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10)
-        status = ["git", "status", "--porcelain", "--", "csrc", "zipfast"]
-        changed = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return "unknown" if asked.returncode else asked.stdout.strip() + ("+changes" if changed else "")
-
-
 def cpu_model() -> str:
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -308,21 +287,6 @@ def machine(device: str) -> dict[str, Any]:
 
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as f:
-            json.dump(document, f, indent=1, allow_nan=False)
-            f.write("\n")
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would make a committed file unreadable for others
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class Run:
@@ -387,43 +351,6 @@ class Run:
         return document
 
 
-# ---------------------------------------------------------------------------------------------------- what a file holds
-
-MACHINE = {"device", "cpu", "cores", "gpu", "torch", "python", "commit", "threads", "date"}
-ROW = {"op", "case", "device", "threads", "backend", "ours", "peers", "percent_of_ceiling", "bound", "extra"}
-
-
-def validate(document: Any) -> None:
-    """Raises ValueError, naming the place, where a results file is not as the report reads it."""
-
-    def need(where: str, value: Any, keys: set[str]) -> None:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be an object, got {type(value).__name__}")
-        if missing := sorted(keys - value.keys()):
-            raise ValueError(f"{where} lacks {', '.join(missing)}")
-
-    def number(where: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{where} must be a finite number, got {value!r}")
-
-    need("results", document, {"schema", "op", "machine", "ceilings", "rows"})
-    if document["schema"] != SCHEMA:
-        raise ValueError(f"schema must be {SCHEMA}, got {document['schema']!r}")
-    need("machine", document["machine"], MACHINE)
-    for i, ceiling in enumerate(document["ceilings"]):
-        need(f"ceilings[{i}]", ceiling, {"name", "value", "unit", "threads"})
-        number(f"ceilings[{i}].value", ceiling["value"])
-    for i, row in enumerate(document["rows"]):
-        need(f"rows[{i}]", row, ROW)
-        if row["op"] != document["op"]:
-            raise ValueError(f"rows[{i}].op must be {document['op']!r}, got {row['op']!r}")
-        for place, t in (("ours", row["ours"]), *row["peers"].items()):
-            keys = {"ms", "iqr_ms", "runs"} | (set() if place == "ours" else {"ratio", "ratio_q1", "ratio_q3"})
-            need(f"rows[{i}].{place}", t, keys)
-            for key in sorted(keys):
-                number(f"rows[{i}].{place}.{key}", t[key])
-
-
 def main(jobs: Callable[[str], Iterable[Job]]) -> None:
     """A bench as a script: every job of a device, without pytest."""
     from ceilings import measure, of_run  # here, as ceilings are measured with this module's clock
@@ -435,4 +362,4 @@ def main(jobs: Callable[[str], Iterable[Job]]) -> None:
     with torch.inference_mode():
         for job in jobs(device):
             print(run.measure(job).summary(), flush=True)
-    run.finish(measure(device))
+    run.finish(measure(device, skinny=False))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes docs/benchmarks.md from the JSON in benches/results: one table per op and machine, no number typed by hand.
 
-``python benches/report.py``; ``--check`` writes nothing and fails if the page is not what the results say.
+The goals of the CUDA kernels (goals.py) are a table there and the same one in docs/kernels.md, between two marks.
+``python benches/report.py``; ``--check`` writes nothing and fails if a page is not what the results say.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, results_folder, validate
+import goals
+from files import ROOT, results_folder, validate
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-ORDER = ["moments", "correlate", "zip_match", "regroup", "evidence", "blend", "multidot", "gram", "threshold"]
+KERNELS = ROOT / "docs" / "kernels.md"
+ORDER = ["moments", "zip_match", "regroup", "evidence", "blend", "multidot", "gram", "threshold"]
+GOALS = """\
+## Goals
+
+What the CUDA kernels are to reach. A row counts only if exactly this case was measured on such a GPU, agreement checked
+first; "not measured" claims nothing. *% of ceiling* is against the rates measured in the same run."""
 HEAD = """\
 # Benchmarks
 
@@ -23,7 +31,7 @@ This page is generated from `benches/results/*.json`; do not edit it. To measure
 
 ```
 pytest benches                     # CPU; ZIPFAST_ZIPIT=<checkout of the public ZipIt code> adds it as a peer
-pytest benches --device cuda       # GPU; `make gpu` runs this after the tests
+make gpu ONLY=bench                # GPU; one of them: ONLY=bench:moments
 python benches/report.py
 ```
 
@@ -273,10 +281,30 @@ def whole(folder: Path) -> list[str]:
     return [*merge_cost(folder), *logme_cost(folder), *soup_cost(folder), *lottery_cost(folder)]
 
 
-def page(documents: list[dict[str, Any]], systems: list[str] | None = None) -> str:
+def steps(folder: Path) -> list[str]:
+    """What ``make gpu`` ran, from gpu.json; nothing where it met no GPU."""
+    path = folder / "gpu.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    if document.get("dry") or not document.get("gpu"):
+        return []
+    commit = document["commit"]
+    rows = [[s["step"], f"{s['seconds']:.0f}", s["status"].splitlines()[0]] for s in document["steps"]]
+    return [
+        "### Steps of `make gpu`",
+        "",
+        f"{document['gpu']}, commit {commit[:12]}{'+' * ('+' in commit)}, {document['date']}; "
+        f"{sum(s['seconds'] for s in document['steps']):.0f} s of {document['deadline_s']:.0f} s.",
+        "",
+        table(["step", "seconds", "status"], rows),
+    ]
+
+
+def page(documents: list[dict[str, Any]], systems: list[str] | None = None, ran: list[str] | None = None) -> str:
     gpu = [d for d in documents if d["machine"]["gpu"]]
     cpu = [d for d in documents if not d["machine"]["gpu"]]
-    lines = [HEAD, *section("CPU", cpu, "not measured yet"), *(systems or []), *section("GPU", gpu, "not measured yet")]
+    lines = [HEAD, *section("CPU", cpu, "not measured yet"), *(systems or [])]
+    lines += [GOALS, "", *goals.lines(goals.evaluate(documents)), *section("GPU", gpu, "not measured yet")]
+    lines += ran or []
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -284,16 +312,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=results_folder())
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
+    parser.add_argument(
+        "--kernels", type=Path, help="the page with the goals between marks (default: docs/kernels.md beside its page)"
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     options = parser.parse_args()
-    text = page(load(options.results), whole(options.results))
-    if options.check:
-        if options.page.exists() and options.page.read_text() == text:
-            return 0
-        print(f"{options.page} is not what {options.results} says; run python benches/report.py", file=sys.stderr)
-        return 1
-    options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(text)
+    documents = load(options.results)
+    pages = {options.page: page(documents, whole(options.results), steps(options.results))}
+    kernels = options.kernels or (KERNELS if options.page == PAGE else None)
+    if kernels is not None:
+        pages[kernels] = goals.between(kernels.read_text(), goals.evaluate(documents))
+    for path, text in pages.items():
+        if not options.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"{path} is not what {options.results} says; run python benches/report.py", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +21,16 @@ import bench_moments  # noqa: E402
 import bench_regroup  # noqa: E402
 import bench_zip_match  # noqa: E402
 import ceilings  # noqa: E402
+import goals  # noqa: E402
 import gpu  # noqa: E402
 import harness  # noqa: E402
 import peers  # noqa: E402
+import rehearse  # noqa: E402
 import report  # noqa: E402
+from goals import Goal  # noqa: E402
 from harness import Peer, Row, Run  # noqa: E402
+
+import zipfast  # noqa: E402
 
 
 class FakeClock(harness.Clock):
@@ -201,7 +209,18 @@ def test_page_with_a_gpu(tmp_path: Path) -> None:
     sample(tmp_path, gpu_name="A GPU")
     text = report.page(report.load(tmp_path))
     assert "### A GPU" in text.split("## GPU")[1]
-    assert text.split("## CPU")[1].split("## GPU")[0].strip() == "not measured yet"
+    assert text.split("## CPU")[1].split("## Goals")[0].strip() == "not measured yet"
+
+
+def test_page_with_the_steps(tmp_path: Path) -> None:
+    assert report.steps(tmp_path) == []
+    ran = {"step": "tests", "status": "failed: no end\nmore", "seconds": 12.3, "tail": ""}
+    document = {"gpu": "A GPU", "commit": "0123456789abcdef", "date": "2026-01-02", "deadline_s": 460.0, "steps": [ran]}
+    for change, shown in (({}, True), ({"dry": True}, False), ({"gpu": None}, False)):
+        (tmp_path / "gpu.json").write_text(json.dumps(document | change))
+        text = report.page([], ran=report.steps(tmp_path))
+        assert ("| tests | 12 | failed: no end |" in text) == shown
+        assert ("A GPU, commit 0123456789ab, 2026-01-02; 12 s of 460 s." in text) == shown
 
 
 def test_page_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -226,7 +245,10 @@ def test_committed_page_is_generated() -> None:
     folder = harness.ROOT / "benches" / "results"
     if not list(folder.glob("*.json")) or not report.PAGE.exists():
         pytest.skip("no results in this checkout")
-    assert report.PAGE.read_text() == report.page(report.load(folder), report.whole(folder))
+    documents = report.load(folder)
+    assert report.PAGE.read_text() == report.page(documents, report.whole(folder), report.steps(folder))
+    kernels = report.KERNELS.read_text()
+    assert kernels == goals.between(kernels, goals.evaluate(documents))
 
 
 # --------------------------------------------------------------------------------------------- ceilings, peers, benches
@@ -239,6 +261,18 @@ def test_ceilings_quick() -> None:
     run = Run("cpu", rows)
     run.save("ceilings")
     assert run.rates(1).keys() >= {"copy", "read", "fp32", "fp64"}
+
+
+def test_ceilings_of_a_gpu_are_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rehearse.pretended():
+        ceilings.beyond_cache("cuda")
+        assert torch.cuda.get_device_properties("cuda").L2_cache_size < 50 << 20
+    large = SimpleNamespace(L2_cache_size=100 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: large)
+    with pytest.raises(RuntimeError, match="larger than twice the L2 of cuda, 100 MiB"):
+        ceilings.beyond_cache("cuda")
+    large.L2_cache_size = 60 << 20  # an H200 has less
+    ceilings.beyond_cache("cuda")
 
 
 def test_ceilings_of_one_run_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,10 +337,21 @@ def test_memory_of_a_match() -> None:
 def test_judges() -> None:
     assert gpu.judge_pytest(0, "3 passed, 1 skipped") == "ok"
     assert gpu.judge_pytest(0, "4 skipped") == "not run: every selected test was skipped"
+    skipped = "SKIPPED [4] tests/gpu/x.py:9: there is one device\n4 skipped"
+    assert gpu.judge_pytest(0, skipped) == "not run: every selected test was skipped: there is one device"
+    assert gpu.judge_collected(0, "\n12/30 tests collected (18 deselected) in 1s") == "ok"
+    assert gpu.judge_collected(0, "\n3 tests collected in 1s") == "ok"
+    assert gpu.judge_collected(0, "\n0 tests collected") == "failed: it selects no test"
+    assert gpu.judge_collected(5, "") == "failed: pytest exit code 5 while it collected"
+    assert gpu.judge_exit(1, "one\ntwo\n") == "failed: exit code 1: two"
+    assert gpu.judge_touch(0, "") == "failed: not every op was touched"
     assert gpu.judge_pytest(1, "python: No module named pytest") == "not run: pytest is not installed"
     assert gpu.judge_pytest(5, "") == "not run: no test was selected"
     assert gpu.judge_pytest(1, "1 failed") == "failed: pytest exit code 1"
     assert gpu.judge_sanitizer(0, "touched every op\nERROR SUMMARY: 0 errors") == "ok"
+    hazards = "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+    assert gpu.judge_sanitizer(0, f"touched every op\n{hazards}") == "ok"
+    assert gpu.judge_sanitizer(0, hazards) == "failed: not every op was touched"
     assert gpu.judge_sanitizer(gpu.SANITIZER_FOUND, "").startswith("failed")
     assert gpu.judge_sanitizer(255, "Error: device not supported") == (
         "not run: the tool refused (exit code 255): Error: device not supported"
@@ -337,19 +382,291 @@ def test_without_a_usable_gpu(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(gpu, "unusable", lambda: obstacle)
+    monkeypatch.setattr(gpu, "unusable", lambda built: obstacle)
     monkeypatch.setattr(gpu, "info", lambda: gpu.Outcome("info", "ok", 0.0, "made up"))
     assert gpu.main([]) == code and gpu.main(["--require"]) == strict
     steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
-    assert steps[0]["step"] == "info" and steps[-1]["step"].startswith("sanitizer")
+    assert steps[0]["step"] == "info" and steps[-1]["step"] == "report:last"
     assert all(s["status"] == obstacle for s in steps[1:])
     if code == 0:
-        assert "NOT RUN: touch, tests, streams" in capsys.readouterr().out
+        assert "NOT RUN: build, touch, tests, streams" in capsys.readouterr().out
 
 
 def test_the_deadline_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "unusable", lambda: None)
+    monkeypatch.setattr(gpu, "unusable", lambda built: None)
     monkeypatch.setattr(gpu, "info", lambda: gpu.Outcome("info", "ok"))
     assert gpu.main(["--deadline", "3"]) == 0
     steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
-    assert all(s["status"] == "not run: the deadline of 3 s has passed" for s in steps[1:])
+    assert all(re.fullmatch(r"not run: \d s of 3 are left, its budget is \d+", s["status"]) for s in steps[1:])
+
+
+def test_the_budgets_fit_into_the_deadline() -> None:
+    assert sum(s.budget_s for s in gpu.steps()) + 10 <= gpu.DEADLINE_S < 8 * 60  # and what the machine is asked first
+
+
+def test_a_step_may_use_what_others_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [gpu.Step(name, 20, ["none"], gpu.judge_exit) for name in ("first", "second", "last")]
+    limits: list[float] = []
+    monkeypatch.setattr(gpu, "steps", lambda: made)
+    monkeypatch.setattr(gpu, "unusable", lambda built: None)
+    monkeypatch.setattr(gpu, "info", lambda: gpu.Outcome("info", "ok"))
+    monkeypatch.setattr(
+        gpu, "execute", lambda step, limit, environment: limits.append(limit) or gpu.Outcome(step.name, "ok")
+    )
+    gpu.main(["--deadline", "70"])
+    assert limits == pytest.approx([30, 50, 70], abs=1)
+    limits.clear()
+    gpu.main(["--deadline", "24"])  # too little for all: the first are not cut short for the sake of the last
+    assert limits == pytest.approx([20, 20, 24], abs=1)
+    limits.clear()
+    gpu.main(["--only", "last", "--deadline", "70"])
+    assert limits == pytest.approx([70], abs=1)
+
+
+def test_steps_by_name_and_part() -> None:
+    assert [s.name for s in gpu.chosen(["bench:moments", "sanitizer"])] == [
+        "bench:moments",
+        *(f"sanitizer:{kind}" for kind in ("memcheck", "racecheck", "synccheck")),
+    ]
+    assert gpu.chosen([]) == gpu.steps()
+    with pytest.raises(SystemExit, match="no step is called 'benches'; there are build, touch, tests"):
+        gpu.chosen(["benches"])
+
+
+def test_parts_run_alone_share_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "unusable", lambda built: None)
+    monkeypatch.setattr(gpu, "info", lambda: gpu.Outcome("info", "ok"))
+    monkeypatch.setattr(gpu, "execute", lambda step, limit, environment: gpu.Outcome(step.name, "ok"))
+
+    def after(*only: str) -> list[str]:
+        gpu.main(["--only", *only])
+        return [s["step"] for s in json.loads((tmp_path / "gpu.json").read_text())["steps"]]
+
+    assert after("touch", "second") == ["info", "touch", "second"]
+    assert after("touch", "large") == ["second", "info", "touch", "large"]
+    monkeypatch.setenv("ZIPFAST_COMMIT", "another")
+    assert after("paths") == ["info", "paths"]
+
+
+def test_nothing_runs_after_a_failed_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "unusable", lambda built: None)
+    monkeypatch.setattr(gpu, "info", lambda: gpu.Outcome("info", "ok"))
+    monkeypatch.setattr(gpu, "execute", lambda step, limit, environment: gpu.Outcome(step.name, "failed: exit code 1"))
+    assert gpu.main([]) == 1
+    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert {s["status"] for s in steps[2:]} == {"not run: the build did not succeed"}
+
+
+def test_a_bench_of_each_op_is_a_step() -> None:
+    benches = {p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py")}
+    host_only = {op.stem for op in zipfast.ops.OPS.values() if op.host_only is not None}
+    assert {name for name, _ in gpu.BENCHES} == benches - host_only
+
+
+def test_progress_of_a_long_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(gpu, "BEAT_S", 0.3)
+    code = "import time; print('half', flush=True); time.sleep(1.5); print('whole')"
+    outcome = gpu.execute(gpu.Step("slow", 20, [sys.executable, "-c", code], gpu.judge_exit), 20, {})
+    assert outcome.status == "ok" and outcome.tail == "half\nwhole\n"
+    assert "s: half" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("racecheck", "rarecheck"), "invalid choice: 'rarecheck'"),
+        ((str(gpu.SANITIZER_FOUND), "0"), r"must be in \[1, 126\), got 0"),
+        ((str(HERE / "touch.py"), "gone.py"), "there is no .*gone.py"),
+    ],
+)
+def test_a_malformed_sanitizer_command_is_refused(change, message: str, capsys: pytest.CaptureFixture) -> None:
+    stand_in = next(s for s in gpu.steps() if s.name == "sanitizer:racecheck").dry[0].command[2:]
+    assert gpu.main(stand_in) == 0
+    with pytest.raises(SystemExit):
+        gpu.main([change[1] if word == change[0] else word for word in stand_in])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def untouched() -> dict[str, bytes]:
+    pages = [report.PAGE, report.KERNELS, *(harness.ROOT / "benches" / "results").iterdir()]
+    return {str(p): p.read_bytes() for p in pages}
+
+
+def test_dry_run_of_some_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before = untouched()
+    assert gpu.main(["--dry-run", "--only", "build", "ceilings", "bench:regroup", "report", "sanitizer"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("dry: ok") == 2 * 8 and "nothing was measured" in said
+    assert before == untouched() and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_dry_run(capsys: pytest.CaptureFixture) -> None:
+    """Every step; a goal whose case no bench has shows here, too."""
+    before = untouched()
+    code = gpu.main(["--dry-run"])
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert said.count("dry: ok") == 2 * len(gpu.steps()) and before == untouched()
+
+
+# ----------------------------------------------------------------------------------------------------------- rehearsals
+
+
+def test_a_case_that_is_still_large_is_refused() -> None:
+    with rehearse.pretended(), pytest.raises(rehearse.TooLarge, match=r"zeros makes a tensor of shape \[4096, 4096\]"):
+        torch.zeros(4096, 4096, device="cuda")
+
+
+def test_what_asks_for_a_gpu_gets_the_cpu() -> None:
+    with rehearse.pretended():
+        x = torch.randn(3, 4, device=torch.device("cuda"), generator=torch.Generator("cuda").manual_seed(0)).cuda()
+        assert x.to("cuda:0").device.type == "cpu" and torch.device("cuda").type == "cuda"
+        half = x.half()
+        assert torch.mm(half, half.T, out_dtype=torch.float32).dtype == torch.float32
+        torch.cuda.synchronize()
+    assert torch.Generator is torch._C.Generator
+
+
+def test_goals_that_no_job_can_answer_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZIPFAST_ZIPIT", raising=False)
+    wanted = (
+        Goal("op", "n=8", "ratio", 2, "≥ 2x the old one", ("old",)),
+        Goal("op", "n=16", "ms", 1, "≤ 1 ms"),
+        Goal("op", "n=8", "ratio", 2, "≥ 2x", goals.PUBLIC),
+    )
+    monkeypatch.setattr(goals, "GOALS", wanted)
+    job = harness.Job("op", "n=8", Peer(int), {"new": Peer(int)}, None)
+    assert rehearse.unserved("op", [job]) == [
+        "op: case 'n=8' has no peer 'old', only new",
+        "op: 0 cases are called 'n=16'",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- goals
+
+
+def measured_on(gpu_name: str, rows: list[dict], *, date: str = "2026-01-02T00:00:00Z", copy: float = 4e12) -> dict:
+    machine = {"device": "cuda", "gpu": gpu_name, "date": date, "commit": "0123456789abcdef+changes"}
+    return {"op": "op", "machine": machine, "ceilings": [ceilings.row("copy", copy, "B/s", None, "")], "rows": rows}
+
+
+def a_row(case: str, ms: float, **more) -> dict:
+    empty = {"peers": {}, "backend": "cuda", "percent_of_ceiling": 61.0, "bound": "copy", "bytes": 4e8}
+    return {"case": case, "ours": {"ms": ms}} | empty | more
+
+
+H200 = "NVIDIA H200"
+RATIO = Goal("op", "n=8", "ratio", 2.0, "≥ 2x the old one", ("old one", "older"))
+TIME = Goal("op", "n=8", "ms", 1.0, "≤ 1 ms")
+
+
+def test_nothing_is_measured_by_default() -> None:
+    found = goals.evaluate([])
+    assert len(found) == len(goals.GOALS) and {o.status for o in found} == {"not measured"}
+    text = "\n".join(goals.lines(found))
+    assert f"Of {len(found)} goals: 0 met, 0 missed, {len(found)} not measured." in text
+    assert text.count("| not measured (no results) |") == len(found)
+
+
+@pytest.mark.parametrize(("ms", "status"), [(1.0, "met"), (1.01, "missed")])
+def test_a_time_is_met_or_missed(ms: float, status: str) -> None:
+    found = goals.outcome(TIME, [measured_on(H200, [a_row("n=8", ms), a_row("n=88", 0.1)])])
+    assert (found.status, found.value, found.percent_of_ceiling) == (status, ms, 61.0)
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(2.0, "met"), (1.99, "missed")])
+def test_a_ratio_is_that_to_the_fastest_such_peer(ratio: float, status: str) -> None:
+    peers_found = {"the Old one": {"ratio": 9.0}, "old one, fused": {"ratio": ratio}, "older": {"ratio": 0.1}}
+    found = goals.outcome(RATIO, [measured_on(H200, [a_row("n=8", 1.0, peers=peers_found)])])
+    assert (found.status, found.value) == (status, ratio)
+
+
+def test_quantities_of_the_copy_ceiling() -> None:
+    document = measured_on(H200, [a_row("n=8", 0.125)])  # 4e8 bytes at 4e12 bytes a second: 0.1 ms
+    share = goals.outcome(goals.of_copy("op", "n=8"), [document])
+    assert (share.status, share.value) == ("missed", pytest.approx(80))
+    floors = goals.outcome(Goal("op", "n=8", "floors", 1.25, "≤ 1.25x"), [document])
+    assert (floors.status, floors.value) == ("met", pytest.approx(1.25))
+
+
+@pytest.mark.parametrize(
+    ("documents", "why"),
+    [
+        ([], "no results"),
+        ([measured_on("A100", [a_row("n=8", 1.0)])], "results of A100 only"),
+        ([measured_on(H200, [a_row("n=80", 1.0)])], "no such case"),
+        ([measured_on(H200, [a_row("n=8 strict", 1.0), a_row("n=8, compat", 1.0)])], "several such cases"),
+        ([measured_on(H200, [a_row("n=8", 1.0), a_row("n=8", 1.0)])], "several such cases"),
+        ([measured_on(H200, [a_row("n=8", 1.0, peers={"new": {"ratio": 3.0}})])], "no peer 'old one'"),
+        (
+            [measured_on(H200, [a_row("n=8", 1.0, peers={"old one": {"ratio": 3.0}}, backend="torch")])],
+            "served by torch",
+        ),
+    ],
+)
+def test_what_is_missing_is_not_met(documents: list[dict], why: str) -> None:
+    found = goals.outcome(RATIO, documents)
+    assert (found.status, found.why, found.value) == ("not measured", why, None)
+
+
+def test_without_bytes_or_a_ceiling_there_is_no_share() -> None:
+    share = goals.of_copy("op", "n=8")
+    assert goals.outcome(share, [measured_on(H200, [a_row("n=8", 1.0, bytes=None)])]).why == "bytes not counted"
+    document = measured_on(H200, [a_row("n=8", 1.0)])
+    assert goals.outcome(share, [document | {"ceilings": []}]).why == "no copy ceiling"
+
+
+def test_a_case_may_begin_with_its_name_and_the_newest_file_counts() -> None:
+    old = measured_on(H200, [a_row("n=8", 0.5)])
+    new = measured_on(H200, [a_row("n=8, all of it", 3.0)], date="2026-01-03T00:00:00Z")
+    assert goals.outcome(TIME, [new, old]).value == 3.0
+
+
+def test_lines_of_goals() -> None:
+    document = measured_on(H200, [a_row("n=8", 0.5)])
+    text = "\n".join(goals.lines([goals.outcome(TIME, [document]), goals.outcome(RATIO, [document])]))
+    assert "Of 2 goals: 1 met, 0 missed, 1 not measured." in text
+    assert "| op | n=8 | ≤ 1 ms | 0.5 ms | 61 (copy) | met | NVIDIA H200, 0123456789ab+, 2026-01-02 |" in text
+    assert "| op | n=8 | ≥ 2x the old one | – | – | not measured (no peer 'old one') | – |" in text
+
+
+def test_goals_between_the_marks(tmp_path: Path) -> None:
+    page = f"before\n{goals.BEGIN}\nold\n{goals.END}\nafter\n"
+    once = goals.between(page, goals.evaluate([]))
+    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old\n" not in once
+    assert goals.between(once, goals.evaluate([])) == once
+    with pytest.raises(ValueError, match="once each"):
+        goals.between("no marks", [])
+
+
+def test_check_looks_at_both_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample(tmp_path)
+    kernels = tmp_path / "kernels.md"
+    kernels.write_text(f"{goals.BEGIN}\n{goals.END}\n")
+    arguments = ["report.py", "--results", str(tmp_path), "--page", str(tmp_path / "p.md"), "--kernels", str(kernels)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert report.main() == 0
+    monkeypatch.setattr(sys, "argv", [*arguments, "--check"])
+    assert report.main() == 0
+    kernels.write_text(kernels.read_text().replace("not measured", "met", 1))
+    assert report.main() == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized:
+    n: int
+    features: tuple[int, ...] = (4096, 8)
+    name: str = "a case"
+
+
+def test_sizes_of_cases_are_cut_and_names_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rehearse.smaller(Sized(4096)) == Sized(rehearse.FIELDS["n"], (rehearse.FIELDS["features"], 8))
+    seen: list[int] = []
+
+    def by_size(n: int) -> harness.Job:
+        seen.append(n)
+        return harness.Job("op", f"n={n}, {n}0, x{n}", Peer(int), {}, None)
+
+    job = rehearse.with_smaller_case(by_size, "n")(4096)
+    assert (seen, job.case) == ([64], "n=4096, 640, x64")

@@ -2,7 +2,8 @@
 """`make check`: what a test suite cannot see. Each step alone: ``python tests/check/check.py STEP ...``.
 
 lint       ruff, mypy, clang-format
-cuda       every .cu compiled for all architectures, warnings and register spills are errors; registers are printed
+cuda       every .cu compiled for all architectures, warnings and register spills are errors; registers, stack and shared
+           memory of each kernel are printed and held against kernels.py
 load       the CUDA library loads under a torch without CUDA and has a kernel for each op that is not host-only
 symbols    the libraries use torch's stable ABI only, and no Python
 install    a machine without a compiler gets a pure wheel, and the package warns once and works
@@ -22,6 +23,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "check"
@@ -86,13 +89,11 @@ def lint() -> None:
 
 def cuda() -> Path:
     place = build("cuda", "-DZIPFAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={tool('nvcc')}", f"-DCMAKE_CUDA_FLAGS={SPILLS}")
-    log = (place / "build.log").read_text()
-    used = re.findall(
-        r"entry function '(\S+)' for 'sm_90'.*?Used (\d+) registers.*?(?:(\d+) bytes smem)?$", log, re.S | re.M
-    )
-    for name, registers, shared in sorted(set(used)):
-        kernel = re.search(r"\d+([a-z_]+_kernel)(\S*)", name)
-        print(f"    {kernel[1] if kernel else name}: {registers} registers, {shared or 0} bytes shared (sm_90)")
+    used = kernels.read((place / "build.log").read_text())
+    for line in kernels.table(used):
+        print("   ", line)
+    if wrong := kernels.problems(used):
+        raise SystemExit("\n".join(wrong))
     return place
 
 
