@@ -51,6 +51,7 @@ BENCHES = (  # seconds; those of a goal first
     ("masked_step", 14),
     ("blend", 12),
     ("multidot", 10),
+    ("correlate", 8),
     ("gram", 8),
     ("apply_mask", 8),
     ("regroup", 8),

@@ -18,7 +18,7 @@ from files import ROOT, results_folder, validate
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 KERNELS = ROOT / "docs" / "kernels.md"
-ORDER = ["moments", "zip_match", "regroup", "evidence", "blend", "multidot", "gram", "threshold"]
+ORDER = ["moments", "correlate", "zip_match", "regroup", "evidence", "blend", "multidot", "gram", "threshold"]
 GOALS = """\
 ## Goals
 

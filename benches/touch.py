@@ -128,6 +128,13 @@ def merging() -> list[Case]:
 
         return run
 
+    rows = [torch.randn(n, 50, generator=g).double().index_fill_(0, torch.tensor([1]), 3.0) for n in (132, 67)]
+    sums = ([x @ x.T for x in rows], [x.sum(1) for x in rows], [torch.zeros(len(x)).double() for x in rows])
+
+    def correlate(device: str) -> list[Tensor]:
+        found, status = zipfast.ops.correlate(*([t.to(device) for t in part] for part in sums), [50, 50], False, True)
+        return [t.cpu() for t in (*found, status)]
+
     sim = torch.corrcoef(torch.randn(66, 200, generator=g))
     sim = torch.triu(sim) + torch.triu(sim, 1).T
 
@@ -147,6 +154,7 @@ def merging() -> list[Case]:
 
     return [
         *(Case(("moments_",), moments(t), 1e-4, 1e-3) for t in (torch.float32, torch.float16, torch.float64)),
+        Case(("correlate",), correlate, 0, 2e-7),
         *(Case(("zip_match",), zip_match(compat)) for compat in (True, False)),
         Case(("regroup",), regroup, 1e-6, 1e-6),
     ]

@@ -42,10 +42,12 @@ class Row:
 ROWS = (
     Row("apply_mask_*", 256, 2),
     Row("blend_*", 256, 2),
+    Row("correlate_*", 256, 2),
     Row("evidence_solve_kernel", 128, 3, form="ILb1E"),  # tridiagonal
     Row("evidence_*", 512, 1),
     Row("gram_*", 256, 2),
     Row("masked_step_*", 256, 2),
+    Row("moments_wgmma_kernel", 288, 1),
     Row("moments_*", 256, 2),
     Row("multidot_*", 256, 2),
     Row("regroup_*", 256, 2),

@@ -65,6 +65,18 @@ def moments(features: list[Tensor]) -> list[Tensor]:
     return [torch.triu(comoment), total, bad]
 
 
+def correlated(features: list[Tensor]) -> list[Tensor]:
+    """Several spaces; a dead feature in each."""
+    rows = [x.double().movedim(1, 0).flatten(1) for x in features]
+    rows = [(8 * x).round() for x in rows]  # whole numbers: sums without rounding, in whatever order
+    for x in rows:
+        x[0] = 3.0
+    shift = [torch.zeros_like(x[:, 0]) for x in rows]
+    sums = [x @ x.T for x in rows], [x.sum(1) for x in rows], shift, [x.shape[1] for x in rows]
+    found, status = zipfast.ops.correlate(*sums, False, True)
+    return [*found, status]
+
+
 def similarity(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sims = []
@@ -207,6 +219,9 @@ CASES = [
     Case("moments, many features", ("moments_",), moments_inputs(320, 7, torch.float32), moments, exact=False),
     Case("moments, float16", ("moments_",), moments_inputs(64, 14, torch.float16), moments, exact=False),
     Case("moments, float16, tiles", ("moments_",), moments_inputs(512, 14, torch.float16), moments, exact=False),
+    Case(
+        "correlate", ("correlate",), moments_inputs(130, 6, torch.float32), correlated, exact=False, rounding=(0, 2e-7)
+    ),
     Case("zip_match, compat", ("zip_match",), similarity, matching(True)),
     Case("zip_match, strict", ("zip_match",), similarity, matching(False)),
     Case("regroup", ("regroup",), regroup_inputs, regrouped),
