@@ -11,6 +11,7 @@
 #endif
 #include <cstdint>
 
+#include "cuda/moments_packed.h"
 #include "dtype.h"
 #include "rule.h"
 
@@ -176,6 +177,7 @@ inline int moments_splits(int64_t tiles, int64_t samples) {
 }
 constexpr int64_t kMomentsPartial = kMomentsTile * kMomentsTile + kMomentsTile;
 cudaError_t moments(DType dtype, const MomentsJob& job, cudaStream_t stream);
+cudaError_t moments_packed(DType dtype, const PackedJob& job, cudaStream_t stream);
 
 // --- regroup
 // ----------------------------------------------------------------------------------------------------------

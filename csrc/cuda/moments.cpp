@@ -2,6 +2,7 @@
 // Glue of moments_' CUDA kernels: fills launches of up to kMomentsSpaces spaces of one dtype.
 #include <string>
 
+#include "cuda/moments_packed_glue.h"
 #include "cuda/scope.h"
 
 namespace zipfast {
@@ -17,11 +18,18 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
   const int models = int(features.size() / spaces);
   STD_TORCH_CHECK(models <= cuda::kMomentsPointers, "moments_: at most ", cuda::kMomentsPointers, " models, got ",
                   models);
-  STD_TORCH_CHECK(path == "auto" || path == "generic", "moments_: path '", path, "' cannot run here");
+  STD_TORCH_CHECK(path == "auto" || path == "generic" || path == "wgmma", "moments_: path '", path,
+                  "' cannot run here");
   CudaScope scope(features[0]);
 
+  const int capability = scope.capability();
   std::vector<Tensor> alive;  // contiguous copies, if any, until the launch
+  PackedWaves packed(models, total[0], scope.stream);
   cuda::MomentsJob job{};
+  for (size_t i = 0; i < spaces && path == "wgmma"; ++i) {
+    const char* why_not = why_not_packed(dtype_of("moments_", features[i * models]), capability);
+    STD_TORCH_CHECK(!why_not, "moments_: path 'wgmma' ", why_not);
+  }
   DType dtype{};
   int64_t partial = 0;
   auto flush = [&] {
@@ -63,6 +71,12 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
       alive.push_back(as_contiguous(x));
       job.x[s.pointer + m] = alive.back().const_data_ptr();
     }
+    if (path == "wgmma" || (path == "auto" && packed_pays(t, F, s.outer * s.inner, capability))) {
+      cuda::PackedSpace own{s.outer, s.size, s.inner, s.seen};
+      own.shift = s.shift, own.comoment = s.comoment, own.total = s.total, own.bad = s.bad;
+      packed.add(t, own, job.x + s.pointer);
+      continue;
+    }
     const int64_t tiles = side * (side + 1) / 2;
     s.tiles = int(tiles);
     s.splits = cuda::moments_splits(tiles, s.outer * s.inner);
@@ -75,6 +89,7 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
     ++job.spaces;
   }
   flush();
+  packed.flush();
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 // and in the emulator.
 #include "cuda/scope.cuh"
 #include "cuda/launch.h"
+#include "cuda/moments_packed.cuh"
 
 namespace zipfast::cuda {
 namespace {

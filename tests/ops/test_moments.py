@@ -43,7 +43,9 @@ class Result(NamedTuple):
         return torch.triu(self.comoment).cpu()
 
 
-def run(spaces: Sequence[Space], into: Sequence[Result] | None = None, below: float = 0.0) -> list[Result]:
+def run(
+    spaces: Sequence[Space], into: Sequence[Result] | None = None, below: float = 0.0, path: str = "auto"
+) -> list[Result]:
     """moments_ of all spaces in one call; ``below`` fills the lower triangles beforehand."""
     models = len(spaces[0].features)
     device = spaces[0].features[0].device
@@ -64,6 +66,7 @@ def run(spaces: Sequence[Space], into: Sequence[Result] | None = None, below: fl
             shift,
             [s.axis for s in spaces],
             [s.seen for s in spaces],
+            path,
         )
         is None
     )
