@@ -55,65 +55,79 @@ __device__ inline int64_t image_of(const PackedSpace& s, int half, int64_t k) {
 
 // --- pack ------------------------------------------------------------------------------------------------------------
 
+__device__ inline float number(float x) { return x; }
+__device__ inline float number(Half x) { return widen_low(x.bits); }
+__device__ inline float number(BFloat16 x) { return widen(x); }
+
+// One row of the stacked features.  (64-bit divisions cost more than all else that is done to a number.)
+struct Row {
+  int model = -1, feature = 0;  // -1: beyond the last
+  float shift = 0;
+};
+__device__ inline Row row_of(const PackedJob& job, const PackedSpace& s, int64_t row) {
+  if (row >= job.models * s.size) return {};
+  const unsigned model = unsigned(row) / unsigned(s.size);
+  return {int(model), int(unsigned(row) - model * unsigned(s.size)), float(s.shift[row])};
+}
+
 template <int kVector, class scalar_t>
 struct alignas(kVector * sizeof(scalar_t) < 16 ? kVector * sizeof(scalar_t) : 16) Piece {
   scalar_t value[kVector];
 };
 
-// Eight samples from `sample` on of rows warp * 4 + i: whole pieces of kVector neighbouring samples of one image.
+// Eight samples from `sample` on of four rows: whole pieces of kVector neighbouring samples of one image.
 template <int kVector, class scalar_t>
-__device__ inline void load_images(const PackedJob& job, const PackedSpace& s, int64_t row, int64_t sample,
+__device__ inline void load_images(const PackedJob& job, const PackedSpace& s, const Row (&row)[kOwn], int64_t sample,
                                    float (&v)[kOwn][kUnit]) {
-  int64_t at[kUnit / kVector];
-  int64_t image = sample / s.inner, place = sample % s.inner;
+  int64_t at[kUnit / kVector], image;
+  if ((sample | s.inner) >> 32)
+    image = sample / s.inner;
+  else
+    image = uint32_t(sample) / uint32_t(s.inner);
+  int64_t place = sample - image * s.inner;
   ZF_UNROLL
   for (int p = 0; p < kUnit / kVector; ++p) {
     at[p] = sample + p * kVector < s.end ? image * s.size * s.inner + place : -1;
     if ((place += kVector) >= s.inner) place = 0, ++image;
   }
-  const int64_t features = job.models * s.size;
   ZF_UNROLL
   for (int i = 0; i < kOwn; ++i) {
-    const int64_t f = row + i;
     const scalar_t* x = nullptr;
-    if (f < features) x = static_cast<const scalar_t*>(job.x[s.pointer + f / s.size]) + f % s.size * s.inner;
+    if (row[i].model >= 0) x = static_cast<const scalar_t*>(job.x[s.pointer + row[i].model]) + row[i].feature * s.inner;
     ZF_UNROLL
     for (int p = 0; p < kUnit / kVector; ++p) {
       Piece<kVector, scalar_t> piece{};
       if (x && at[p] >= 0) piece = *reinterpret_cast<const Piece<kVector, scalar_t>*>(x + at[p]);
       ZF_UNROLL
-      for (int e = 0; e < kVector; ++e) v[i][p * kVector + e] = widen(piece.value[e]);
+      for (int e = 0; e < kVector; ++e) v[i][p * kVector + e] = number(piece.value[e]);
     }
   }
 }
 
 // 32 samples from `sample` on of one row; neighbouring threads read neighbouring features.
 template <class scalar_t>
-__device__ inline void load_tokens(const PackedJob& job, const PackedSpace& s, int64_t row, int64_t sample,
+__device__ inline void load_tokens(const PackedJob& job, const PackedSpace& s, const Row& row, int64_t sample,
                                    float (&v)[kOwn][kUnit]) {
   const scalar_t* x = nullptr;
-  if (row < job.models * s.size) x = static_cast<const scalar_t*>(job.x[s.pointer + row / s.size]) + row % s.size;
+  if (row.model >= 0) x = static_cast<const scalar_t*>(job.x[s.pointer + row.model]) + row.feature + sample * s.size;
+  const int64_t left = x ? s.end - sample : 0;
   ZF_UNROLL
   for (int i = 0; i < kOwn; ++i) ZF_UNROLL
-  for (int e = 0; e < kUnit; ++e) {
-    const int64_t n = sample + i * kUnit + e;
-    v[i][e] = x && n < s.end ? widen(x[n * s.size]) : 0.0f;
-  }
+  for (int e = 0; e < kUnit; ++e) v[i][e] = i * kUnit + e < left ? number(x[(i * kUnit + e) * s.size]) : 0.0f;
 }
 
-// Notes what is not finite, then shifts what is there; the sum of the unit.  `sample`, `row`: of its first number.
-__device__ inline double centre(const PackedJob& job, const PackedSpace& s, int64_t row, int64_t sample, float shift,
-                                float (&v)[kUnit]) {
-  float finite = 0;
+// Notes what is not finite, then shifts what is there; the sum of the unit.  `sample`: of its first number.
+__device__ inline double centre(const PackedSpace& s, const Row& row, int64_t sample, float (&v)[kUnit]) {
+  float none = 0;
   ZF_UNROLL
-  for (int e = 0; e < kUnit; ++e) finite += v[e] - v[e];
-  if (finite != 0) {  // NaN
+  for (int e = 0; e < kUnit; ++e) none += v[e] - v[e];
+  if (none != 0) {  // NaN
+    ZF_UNROLL
     for (int e = 0; e < kUnit; ++e)
-      if (!(v[e] - v[e] == 0))
-        atomicMin(s.bad + row / s.size, (long long)((s.seen + sample + e) * s.size + row % s.size));
+      if (!(v[e] - v[e] == 0)) atomicMin(s.bad + row.model, (long long)((s.seen + sample + e) * s.size + row.feature));
   }
   ZF_UNROLL
-  for (int e = 0; e < kUnit; ++e) v[e] = sample + e < s.end ? v[e] - shift : 0.0f;
+  for (int e = 0; e < kUnit; ++e) v[e] = sample + e < s.end ? v[e] - row.shift : 0.0f;
   return double((v[0] + v[1]) + (v[2] + v[3])) + double((v[4] + v[5]) + (v[6] + v[7]));
 }
 
@@ -151,15 +165,16 @@ __device__ inline void pack_tokens(const PackedJob& job, const PackedSpace& s, b
   __shared__ uint32_t most[kThreads / 32][kRows];
   __shared__ double part[kThreads / 32][kRows];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t features = job.models * s.size, row = row0 + lane, first = s.begin + int64_t(group) * kGroup;
+  const int64_t features = job.models * s.size, row = row0 + lane;
+  const int64_t first = s.begin + int64_t(group) * kGroup + warp * (kOwn * kUnit);
+  const Row own = row_of(job, s, row);
   float v[kOwn][kUnit];
-  load_tokens<scalar_t>(job, s, row, first + warp * kOwn * kUnit, v);
-  const float shift = row < features ? float(s.shift[row]) : 0.0f;
+  load_tokens<scalar_t>(job, s, own, first, v);
   double sum = 0;
   uint32_t largest = 0;
   ZF_UNROLL
   for (int i = 0; i < kOwn; ++i) {
-    sum += centre(job, s, row, first + (warp * kOwn + i) * kUnit, shift, v[i]);
+    sum += centre(s, own, first + i * kUnit, v[i]);
     const uint32_t m = magnitude(v[i]);
     largest = m > largest ? m : largest;
   }
@@ -198,19 +213,21 @@ __device__ inline void pack_images(const PackedJob& job, const PackedSpace& s, b
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t features = job.models * s.size, first = row0 + warp * kOwn;
   const int64_t sample = s.begin + int64_t(group) * kGroup + lane * kUnit;
+  Row row[kOwn];
+  ZF_UNROLL
+  for (int i = 0; i < kOwn; ++i) row[i] = row_of(job, s, first + i);
   float v[kOwn][kUnit];
   if (s.vector == 8 && sizeof(scalar_t) == 2)
-    load_images<8, scalar_t>(job, s, first, sample, v);
+    load_images<8, scalar_t>(job, s, row, sample, v);
   else if (s.vector >= 4)
-    load_images<4, scalar_t>(job, s, first, sample, v);
+    load_images<4, scalar_t>(job, s, row, sample, v);
   else
-    load_images<1, scalar_t>(job, s, first, sample, v);
+    load_images<1, scalar_t>(job, s, row, sample, v);
   unsigned char* out = job.image + image_of(s, 0, int64_t(group) * kBlocksK + lane / kUnit);
   const int64_t low_half = image_of(s, 1, 0) - image_of(s, 0, 0);
   ZF_UNROLL
   for (int i = 0; i < kOwn; ++i) {
-    const int64_t row = first + i;
-    double sum = centre(job, s, row, sample, row < features ? float(s.shift[row]) : 0.0f, v[i]);
+    double sum = centre(s, row[i], sample, v[i]);
     uint32_t largest = magnitude(v[i]);
     for (int step = 16; step > 0; step >>= 1) {
       sum += __shfl_xor_sync(kFullWarp, sum, step);
@@ -218,11 +235,11 @@ __device__ inline void pack_images(const PackedJob& job, const PackedSpace& s, b
       largest = other > largest ? other : largest;
     }
     const int k = split_exponent(bits_to_float(largest));
-    if (lane == 0 && row < features) job.rows[s.rows + group * features + row] = sum;
-    if (lane == 0 && !plain) job.scale[s.scale + group * s.plan.padded + row] = power_of_two(-k);
+    if (lane == 0 && row[i].model >= 0) job.rows[s.rows + group * features + first + i] = sum;
+    if (lane == 0 && !plain) job.scale[s.scale + group * s.plan.padded + first + i] = power_of_two(-k);
     Words high, low;
     operands<scalar_t>(plain, power_of_two(k), v[i], high, low);
-    unsigned char* at = out + row * (kBlockK * 2) + ((lane % kUnit) ^ int(row % kUnit)) * 16;
+    unsigned char* at = out + (first + i) * (kBlockK * 2) + ((lane % kUnit) ^ int((first + i) % kUnit)) * 16;
     *reinterpret_cast<Words*>(at) = high;
     if (!plain) *reinterpret_cast<Words*>(at + low_half) = low;
   }
@@ -234,7 +251,7 @@ __device__ inline bool is_plain(const PackedJob& job, int space) {
 }
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kThreads) moments_pack_kernel(const __grid_constant__ PackedJob job) {
+__global__ void __launch_bounds__(kThreads, 2) moments_pack_kernel(const __grid_constant__ PackedJob job) {
   const int space = space_of<&PackedSpace::pack>(job, blockIdx.x);
   const PackedSpace& s = job.space[space];
   const int pieces = int(s.plan.padded / kRows), local = int(blockIdx.x) - s.pack, group = local / pieces;

@@ -56,7 +56,8 @@ class PackedWaves {
       s.image = image_, s.scale = scale_, s.rows = rows_, s.partial = partial_;
       const int64_t split = s.plan.splits > 1 ? s.plan.rest() : 0;
       const int64_t blocks = s.plan.padded / cuda::kPackedRows * s.groups;
-      STD_TORCH_CHECK(job_.pack_blocks + blocks < (int64_t(1) << 31), "moments_: too many features");
+      STD_TORCH_CHECK(features < (int64_t(1) << 31) && job_.pack_blocks + blocks < (int64_t(1) << 31),
+                      "moments_: too many features");
       job_.pack_blocks += int(blocks);
       job_.items += s.plan.items();
       job_.sum_blocks += int(split * 2 * 16 + (features + 31) / 32);
