@@ -17,7 +17,7 @@ namespace zipfast::cuda {
 
 constexpr int kPackedTile = 128, kPackedGroup = 256, kPackedRows = 32, kPackedSpaces = 16, kPackedPointers = 96;
 #ifdef ZF_EMU  // small: tests are to see several slabs, rounds, parts and sums
-constexpr int kPackedClusters = 2, kPackedSums = 2;
+constexpr int kPackedClusters = 2, kPackedSums = 6;
 constexpr int64_t kPackedBytes = int64_t(2) << 20;
 #else
 constexpr int kPackedClusters = 66;  // two of the 132 multiprocessors of an H100 or H200 each

@@ -148,7 +148,8 @@ struct Block {
   ucontext_t sched;
   Fiber* cur = nullptr;
   unsigned alive = 0, arrived = 0, gen = 0;
-  bool progress = false;
+  bool progress = false, later = false;  // later: a thread gives way although it could go on
+  unsigned turns = 0;
   void* tsan = nullptr;
   char sync[2], start;
   Block* first = nullptr;  // of its cluster's blocks, which lie one behind the other
@@ -255,6 +256,9 @@ inline bool turn(Block& b, std::mt19937& rng, std::vector<unsigned>& wo, std::ve
       }
       any |= b.progress;
     } while (b.progress);
+  any |= b.later;
+  b.later = false;
+  b.turns++;
   return any;
 }
 // The blocks of one cluster, side by side in x; mostly that is one block.
@@ -275,8 +279,11 @@ inline void run_cluster(Grid* g, uint3 bid, Pool& pool) {
   for (bool alive = true; alive;) {
     alive = false;
     bool any = false;
-    for (Block& b : blocks)
+    const size_t shift = g->seed && g->cluster > 1 ? rng() : 0;  // which block is first
+    for (size_t c = 0; c < blocks.size(); ++c) {
+      Block& b = blocks[(c + shift) % blocks.size()];
       if (b.alive) any |= turn(b, rng, wo, lo), alive = true;
+    }
     if (alive && !any)
       die("deadlock: threads of a block wait at different barriers (divergent __syncthreads or warp collective)");
   }

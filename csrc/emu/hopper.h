@@ -111,6 +111,7 @@ struct Product {
 struct Products {
   std::vector<Product> open;                    // not committed yet
   std::vector<std::vector<Product>> committed;  // oldest first
+  unsigned waits = 0;
 };
 [[gnu::noinline]] inline Products& products_here() {
   static thread_local std::unordered_map<Fiber*, Products> all;
@@ -169,6 +170,8 @@ inline void wgmma_commit() {
 }
 inline void wgmma_wait(size_t most) {
   Products& all = products_here();
+  if (all.committed.size() > most && ++all.waits % 4 == blk->cur->linear % 4)  // now and then all others go first
+    for (const unsigned turns = blk->turns; blk->turns - turns < 2; yield()) blk->later = true;
   while (all.committed.size() > most) {
     for (const Product& p : all.committed.front()) run(p);
     all.committed.erase(all.committed.begin());

@@ -71,12 +71,34 @@ def _fake(comoment, total, bad, features, shift, axis, seen, path="auto") -> Non
     return None
 
 
+def _prove(device: torch.device) -> str | None:
+    """What goes wrong with a path on this device, compared with the first one there; None: nothing."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return None  # no other path is chosen there
+    place = torch.arange(700 * 300, dtype=torch.float64).reshape(700, 300)
+    x = ((place * 0.7).sin() + (place % 301 * 0.1).cos() + 0.5).to(device)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for shift in (torch.zeros(300).double(), torch.arange(300).double() % 3 / 2):
+            results = []
+            for path in ("generic", "wgmma"):
+                comoment = torch.zeros(300, 300, dtype=torch.float64, device=device)
+                total = torch.zeros(300, dtype=torch.float64, device=device)
+                bad = torch.full((1,), NO_BAD_VALUE, device=device)
+                moments_([comoment], [total], [bad], [x.to(dtype)], [shift.to(device)], [1], [0], path)
+                results.append(torch.triu(comoment))
+            scale = results[0].diagonal().sqrt()
+            off = float(((results[1] - results[0]) / (scale[:, None] * scale)).abs().max())
+            if not off < 4e-6:
+                return f"path 'wgmma' is off by {off:.1e} for {dtype}"
+    return None
+
+
 @op(
     "moments_(Tensor(a!)[] comoment, Tensor(b!)[] total, Tensor(c!)[] bad, Tensor[] features, Tensor[] shift, "
     'int[] axis, int[] seen, str path="auto") -> ()',
     contract=_contract,
     fake=_fake,
-    paths=Paths(("generic", "mma", "wgmma")),
+    paths=Paths(("generic", "mma", "wgmma"), _prove),
 )
 def moments_(
     comoment: list[Tensor],
