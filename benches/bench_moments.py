@@ -87,7 +87,7 @@ RESNET50 = [
     (2048, 7, 1),
 ]
 HALF = [Case(c, s, dtype=torch.float16) for c, s, _ in RESNET50]
-CUDA = CPU + HALF
+CUDA = CPU + [Case(512, 28), Case(1024, 14)] + HALF
 
 
 class State:

@@ -11,6 +11,7 @@
 #endif
 #include <cstdint>
 
+#include "cuda/moments_packed.h"
 #include "dtype.h"
 #include "rule.h"
 
@@ -196,13 +197,16 @@ constexpr int kMomentsSpaces = 16, kMomentsPointers = 96;  // few: tests are to 
 constexpr int kMomentsSpaces = 64, kMomentsPointers = 256;
 #endif
 
-// generic: every device and dtype.  mma: tensor cores of compute capability 8.0 and newer.
-enum class MomentsPath { generic, mma };
+// generic: every device and dtype.  mma: tensor cores of compute capability 8.0 and newer.  wgmma: those of 9.0.
+enum class MomentsPath { generic, mma, wgmma };
 constexpr int64_t kMmaMostSamples = (int64_t(1) << 31) - 4096;  // path mma counts them in 32 bits
-// What "auto" takes, by compute capability (80 for 8.0), dtype and samples.
-inline MomentsPath moments_path(int capability, DType dtype, int64_t samples) {
-  const bool fits = dtype != DType::f64 && samples <= kMmaMostSamples;
-  return capability >= 80 && fits ? MomentsPath::mma : MomentsPath::generic;
+// Fewer features, or samples, cost more to pack than their products take.
+constexpr int64_t kPackedFeatures = 512, kPackedSamples = 4 * kPackedGroup;
+// What "auto" takes, by compute capability (80 for 8.0), dtype, stacked features and samples.
+inline MomentsPath moments_path(int capability, DType dtype, int64_t features, int64_t samples) {
+  if (capability < 80 || dtype == DType::f64) return MomentsPath::generic;
+  if (capability == 90 && features >= kPackedFeatures && samples >= kPackedSamples) return MomentsPath::wgmma;
+  return samples <= kMmaMostSamples ? MomentsPath::mma : MomentsPath::generic;
 }
 
 struct MomentsSpace {
@@ -251,6 +255,7 @@ ZF_HD inline int moments_space_of(const MomentsJob& job, int block) {
   return s;
 }
 cudaError_t moments(DType dtype, MomentsPath path, const MomentsJob& job, cudaStream_t stream);
+cudaError_t moments_packed(DType dtype, const PackedJob& job, cudaStream_t stream);
 
 // --- correlate
 // ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 // Glue of moments_' CUDA kernels: fills launches of up to kMomentsSpaces spaces of one dtype.
 #include <string>
 
+#include "cuda/moments_packed_glue.h"
 #include "cuda/scope.h"
 
 namespace zipfast {
@@ -10,19 +11,21 @@ namespace {
 using cuda::MomentsPath;
 
 // The path that was asked for, or what "auto" takes; refuses what cannot run here.
-MomentsPath path_of(const std::string& asked, int capability, DType dtype, int64_t samples) {
-  if (asked == "auto") return cuda::moments_path(capability, dtype, samples);
+MomentsPath path_of(const std::string& asked, int capability, DType dtype, int64_t features, int64_t samples) {
+  if (asked == "auto") return cuda::moments_path(capability, dtype, features, samples);
   if (asked == "generic") return MomentsPath::generic;
-  STD_TORCH_CHECK(asked == "mma", "moments_: path '", asked, "' is not built");
+  STD_TORCH_CHECK(asked == "mma" || asked == "wgmma", "moments_: path '", asked, "' is not built");
+  const bool wgmma = asked == "wgmma";
   STD_TORCH_CHECK(dtype != DType::f64, "moments_: path '", asked,
                   "' takes features of float32, float16 or bfloat16, got float64");
-  STD_TORCH_CHECK(samples <= cuda::kMmaMostSamples, "moments_: path '", asked, "' takes at most ",
+  STD_TORCH_CHECK(wgmma || samples <= cuda::kMmaMostSamples, "moments_: path '", asked, "' takes at most ",
                   cuda::kMmaMostSamples, " samples in one call, got ", samples);
 #ifndef ZF_EMU
-  STD_TORCH_CHECK(capability >= 80, "moments_: path '", asked, "' needs a GPU of compute capability 8.0 or newer, got ",
-                  capability / 10, ".", capability % 10);
+  STD_TORCH_CHECK(wgmma ? capability == 90 : capability >= 80, "moments_: path '", asked,
+                  "' needs a GPU of compute capability ", wgmma ? "9.0" : "8.0 or newer", ", got ", capability / 10,
+                  ".", capability % 10);
 #endif
-  return MomentsPath::mma;
+  return wgmma ? MomentsPath::wgmma : MomentsPath::mma;
 }
 
 void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>& total, const std::vector<Tensor>& bad,
@@ -39,7 +42,10 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
   const int capability = scope.capability();
 
   std::vector<Tensor> alive;  // contiguous copies, if any, until the launch
+  PackedWaves packed(models, total[0], scope.stream);
   cuda::MomentsJob job{};
+  for (size_t i = 0; i < spaces; ++i)  // before anything is added
+    (void)path_of(path, capability, dtype_of("moments_", features[i * models]), 0, 0);
   DType dtype{};
   MomentsPath taken{};
   int64_t partial = 0;
@@ -59,13 +65,15 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
     const Tensor& first = features[i * models];
     const DType t = dtype_of("moments_", first);
     const AxisView view(first, axis[i]);
-    const MomentsPath best = path_of(path, capability, t, view.outer * view.inner);
-    if (job.spaces == cuda::kMomentsSpaces || (job.spaces + 1) * models > cuda::kMomentsPointers || t != dtype ||
-        best != taken)
-      flush();
-    dtype = t;
-    taken = best;
     const int64_t F = models * view.size, side = cuda::moments_side(F);
+    const MomentsPath best = path_of(path, capability, t, F, view.outer * view.inner);
+    const bool full = job.spaces == cuda::kMomentsSpaces || (job.spaces + 1) * models > cuda::kMomentsPointers;
+    if (best != MomentsPath::wgmma) {
+      if (full || t != dtype || best != taken) flush();
+      dtype = t, taken = best;
+    } else if (full) {
+      flush();  // its pointers pass through the same places
+    }
     alive.push_back(as_contiguous(shift[i]));
     STD_TORCH_CHECK(comoment[i].numel() == F * F && comoment[i].is_contiguous() && total[i].numel() == F &&
                         total[i].is_contiguous() && bad[i].numel() == models && bad[i].is_contiguous() &&
@@ -86,6 +94,12 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
       alive.push_back(as_contiguous(x));
       job.x[s.pointer + m] = alive.back().const_data_ptr();
     }
+    if (best == MomentsPath::wgmma) {
+      cuda::PackedSpace own{s.outer, s.size, s.inner, s.seen};
+      own.shift = s.shift, own.comoment = s.comoment, own.total = s.total, own.bad = s.bad;
+      packed.add(t, own, job.x + s.pointer);
+      continue;
+    }
     const int64_t tiles = side * (side + 1) / 2;
     s.tiles = int(tiles);
     s.splits = cuda::moments_splits(taken, tiles, s.outer * s.inner);
@@ -102,6 +116,7 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
     ++job.spaces;
   }
   flush();
+  packed.flush();
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "cuda/scope.cuh"
 #include "cuda/launch.h"
 #include "cuda/moments_mma.cuh"
+#include "cuda/moments_packed.cuh"
 
 namespace zipfast::cuda {
 namespace {

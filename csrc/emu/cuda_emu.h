@@ -7,7 +7,8 @@
 //   * Divergent barriers, shuffles from lanes outside the mask and bad launches abort with a message.
 //   * Under -fsanitize=thread each fiber is a TSan fiber and only real CUDA barriers synchronise: a data race on shared
 //     or global memory is reported at its line, as compute-sanitizer's racecheck does on a GPU.
-// Not here: mma, wgmma, TMA, cp.async, inline PTX.  Kernels keep a generic path beside those, and this runs it.
+//   * Blocks of a cluster are fibers of one OS thread, each with its own dynamic (but the same static) shared memory.
+// Instructions of one generation of GPUs are emulated beside this, in a header that includes it (hopper.h).
 #pragma once
 #if defined(__CUDACC__)
 #error "cuda_emu.h is for the host compiler only"
@@ -90,7 +91,7 @@ namespace cuda_emu {
   std::fprintf(stderr, "cuda_emu: %s\n", what);
   std::abort();
 }
-constexpr size_t kStack = 64 << 10;
+constexpr size_t kStack = 64 << 10, kSharedAlign = 1024;
 struct Block;
 struct Warp {
   unsigned alive = 0, arrived = 0, n = 0;
@@ -134,6 +135,7 @@ struct Grid {
   dim3 grid, block;
   size_t smem;
   std::function<void()> body;
+  unsigned cluster = 1;  // blocks in a row of the grid that run together
   std::barrier<>* gsync = nullptr;
   unsigned seed = 0;
 };
@@ -146,9 +148,12 @@ struct Block {
   ucontext_t sched;
   Fiber* cur = nullptr;
   unsigned alive = 0, arrived = 0, gen = 0;
-  bool progress = false;
+  bool progress = false, later = false;  // later: a thread gives way although it could go on
+  unsigned turns = 0;
   void* tsan = nullptr;
   char sync[2], start;
+  Block* first = nullptr;  // of its cluster's blocks, which lie one behind the other
+  unsigned cluster_alive = 0, cluster_arrived = 0, cluster_gen = 0;  // of the first
   const void* sched_stack = nullptr;
   size_t sched_size = 0;
 };
@@ -157,6 +162,12 @@ inline thread_local Block* blk = nullptr;
 [[gnu::noinline]] inline Block* block_here() {
   asm volatile("");
   return blk;
+}
+
+// Where a block's dynamic shared memory begins.
+inline char* shared_base(Block* b) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(b->smem.data());
+  return reinterpret_cast<char*>((at + kSharedAlign - 1) & ~uintptr_t(kSharedAlign - 1));
 }
 
 inline void yield() {
@@ -180,6 +191,7 @@ inline void entry() {
       me = b->cur;
       me->done = true;
       b->progress = true;
+      b->first->cluster_alive--;
       if (--b->alive == b->arrived && b->alive) {
         b->arrived = 0;
         b->gen++;
@@ -202,21 +214,19 @@ inline Fiber* make_fiber() {
   EMU_TSAN(f->tsan = __tsan_create_fiber(0);)
   return f;
 }
-inline void run_block(Grid* g, uint3 bid, Pool& pool) {
-  EMU_TSAN(EmuIgnore ign;)
-  Block b;
+// Fibers from `fiber` on become the threads of one block.
+inline void begin_block(Block& b, Grid* g, uint3 bid, Pool& pool, size_t fiber) {
   b.g = g;
   b.bid = bid;
-  blk = &b;
   const unsigned n = g->block.x * g->block.y * g->block.z;
   b.f.resize(n);
   b.w.resize((n + 31) / 32);
   b.alive = n;
-  b.smem.assign(g->smem + 16, char(0xCB));
+  b.smem.assign(g->smem + kSharedAlign, char(0xCB));
   EMU_TSAN(b.tsan = __tsan_get_current_fiber();)
   for (unsigned i = 0; i < n; ++i) {
-    if (i == pool.fibers.size()) pool.fibers.emplace_back(make_fiber());
-    Fiber& f = *pool.fibers[i];
+    if (fiber + i == pool.fibers.size()) pool.fibers.emplace_back(make_fiber());
+    Fiber& f = *pool.fibers[fiber + i];
     b.f[i] = &f;
     f.done = false;
     f.linear = i;
@@ -224,33 +234,60 @@ inline void run_block(Grid* g, uint3 bid, Pool& pool) {
     b.w[i / 32].alive |= 1u << (i % 32);
   }
   EMU_TSAN(__tsan_release(&b.start);)
+}
+// Lets each warp of a block run as far as it can get; false if none got anywhere.
+inline bool turn(Block& b, std::mt19937& rng, std::vector<unsigned>& wo, std::vector<unsigned>& lo) {
+  const unsigned n = unsigned(b.f.size());
+  bool any = false;
+  blk = &b;
+  if (b.g->seed) std::shuffle(wo.begin(), wo.end(), rng);
+  for (unsigned w : wo) do {
+      b.progress = false;
+      if (b.g->seed) std::shuffle(lo.begin(), lo.end(), rng);
+      for (unsigned l : lo) {
+        const unsigned i = w * 32 + l;
+        if (i >= n || b.f[i]->done) continue;
+        Fiber& f = *b.f[i];
+        b.cur = &f;
+        EMU_ASAN(void* fs = nullptr; __sanitizer_start_switch_fiber(&fs, f.stack.get(), kStack);)
+        EMU_TSAN(__tsan_switch_to_fiber(f.tsan, 1);)
+        swapcontext(&b.sched, &f.ctx);
+        EMU_ASAN(__sanitizer_finish_switch_fiber(fs, nullptr, nullptr);)
+      }
+      any |= b.progress;
+    } while (b.progress);
+  any |= b.later;
+  b.later = false;
+  b.turns++;
+  return any;
+}
+// The blocks of one cluster, side by side in x; mostly that is one block.
+inline void run_cluster(Grid* g, uint3 bid, Pool& pool) {
+  EMU_TSAN(EmuIgnore ign;)
+  std::vector<Block> blocks(g->cluster);
+  const size_t threads = size_t(g->block.x) * g->block.y * g->block.z;
+  for (unsigned c = 0; c < g->cluster; ++c) {
+    blocks[c].first = blocks.data();
+    begin_block(blocks[c], g, {bid.x + c, bid.y, bid.z}, pool, c * threads);
+  }
+  blocks[0].cluster_alive = unsigned(threads) * g->cluster;
   std::mt19937 rng(g->seed * 7919u + bid.x + 31 * bid.y + 997 * bid.z);
   // adversarial schedule: warps in random order, each run as far as it can get before the next one (lanes shuffled too)
-  std::vector<unsigned> wo(b.w.size()), lo(32);
+  std::vector<unsigned> wo(blocks[0].w.size()), lo(32);
   for (unsigned i = 0; i < wo.size(); ++i) wo[i] = i;
   for (unsigned i = 0; i < 32; ++i) lo[i] = i;
-  while (b.alive) {
+  for (bool alive = true; alive;) {
+    alive = false;
     bool any = false;
-    if (g->seed) std::shuffle(wo.begin(), wo.end(), rng);
-    for (unsigned w : wo) do {
-        b.progress = false;
-        if (g->seed) std::shuffle(lo.begin(), lo.end(), rng);
-        for (unsigned l : lo) {
-          const unsigned i = w * 32 + l;
-          if (i >= n || b.f[i]->done) continue;
-          Fiber& f = *b.f[i];
-          b.cur = &f;
-          EMU_ASAN(void* fs = nullptr; __sanitizer_start_switch_fiber(&fs, f.stack.get(), kStack);)
-          EMU_TSAN(__tsan_switch_to_fiber(f.tsan, 1);)
-          swapcontext(&b.sched, &f.ctx);
-          EMU_ASAN(__sanitizer_finish_switch_fiber(fs, nullptr, nullptr);)
-        }
-        any |= b.progress;
-      } while (b.progress);
-    if (!any)
+    const size_t shift = g->seed && g->cluster > 1 ? rng() : 0;  // which block is first
+    for (size_t c = 0; c < blocks.size(); ++c) {
+      Block& b = blocks[(c + shift) % blocks.size()];
+      if (b.alive) any |= turn(b, rng, wo, lo), alive = true;
+    }
+    if (alive && !any)
       die("deadlock: threads of a block wait at different barriers (divergent __syncthreads or warp collective)");
   }
-  EMU_TSAN(__tsan_acquire(&b.alive);)
+  EMU_TSAN(for (Block& b : blocks) __tsan_acquire(&b.alive);)
   blk = nullptr;
 }
 // ---- barriers ---------------------------------------------------------------------------------
@@ -343,14 +380,16 @@ inline unsigned env_seed() {
   const char* s = std::getenv("CUDA_EMU_SEED");
   return s ? std::atoi(s) : 1;
 }
-inline cudaError_t launch_impl(dim3 grid, dim3 block, size_t smem, bool coop, std::function<void()> body) {
+inline cudaError_t launch_impl(dim3 grid, dim3 block, size_t smem, bool coop, std::function<void()> body,
+                               unsigned cluster = 1) {
   const size_t nb = size_t(grid.x) * grid.y * grid.z, nt = size_t(block.x) * block.y * block.z;
   if (!nb || !nt || nt > 1024 || grid.y > 65535 || grid.z > 65535 || smem > 227 * 1024)
     return cudaErrorInvalidConfiguration;
   if (coop && nb > 64) return cudaErrorCooperativeLaunchTooLarge;
-  Grid g{grid, block, smem, std::move(body)};
+  if (grid.x % cluster || (coop && cluster > 1)) return cudaErrorInvalidConfiguration;
+  Grid g{grid, block, smem, std::move(body), cluster};
   g.seed = env_seed();
-  const size_t pool = coop ? nb : std::min<size_t>(nb, 2);
+  const size_t clusters = nb / cluster, pool = coop ? nb : std::min<size_t>(clusters, 2);
   std::barrier<> gs(static_cast<std::ptrdiff_t>(pool));
   if (coop) g.gsync = &gs;
   std::atomic<size_t> next{0};
@@ -358,10 +397,10 @@ inline cudaError_t launch_impl(dim3 grid, dim3 block, size_t smem, bool coop, st
   auto own = borrow(pool);
   for (size_t t = 0; t < pool; ++t)
     ts.emplace_back([&, t] {
-      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < nb;) {
-        const size_t j = g.seed % 2 ? nb - 1 - i : i;  // odd seeds: reverse block order
-        run_block(&g, {unsigned(j % grid.x), unsigned(j / grid.x % grid.y), unsigned(j / (size_t(grid.x) * grid.y))},
-                  *own[t]);
+      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < clusters;) {
+        const size_t j = (g.seed % 2 ? clusters - 1 - i : i) * cluster;  // odd seeds: reverse block order
+        run_cluster(&g, {unsigned(j % grid.x), unsigned(j / grid.x % grid.y), unsigned(j / (size_t(grid.x) * grid.y))},
+                    *own[t]);
       }
     });
   for (auto& t : ts) t.join();
@@ -503,8 +542,7 @@ inline cudaError_t emu_cudaGetLastError() {
   return e;
 }
 #define cudaGetLastError emu_cudaGetLastError
-#define ZF_DYN_SHARED(T, name) \
-  T* name = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(::cuda_emu::blk->smem.data()) + 15) & ~uintptr_t(15))
+#define ZF_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(::cuda_emu::shared_base(::cuda_emu::blk))
 #define ZF_LAUNCH(kernel, grid, block, smem, stream, ...) \
   ::cuda_emu::launch([](auto... a) { kernel(a...); }, false, dim3(grid), dim3(block), smem, stream, __VA_ARGS__)
 #define ZF_LAUNCH_COOP(kernel, grid, block, smem, stream, ...) \

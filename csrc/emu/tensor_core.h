@@ -2,8 +2,8 @@
 // What a warp's matrix instructions do, lane by lane, as the PTX ISA lays fragments out.  Sums are cut off to float32
 // towards zero after every instruction, as tensor cores do it, so that a kernel that lets them grow for too long shows.
 #pragma once
+#include "../dtype.h"
 #include "cuda_emu.h"
-#include "dtype.h"
 
 namespace cuda_emu {
 

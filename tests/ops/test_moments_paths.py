@@ -146,4 +146,4 @@ def test_the_proof_compares(backend: str, device: str, monkeypatch: pytest.Monke
             comoment[0][0, 0] *= 1 + 1e-4
 
     monkeypatch.setattr(zipfast.ops.moments, "moments_", off)
-    assert _prove(where, PATHS) == f"path '{PATHS[0]}' is off by 1e-04 of a feature's scale"
+    assert _prove(where, PATHS) == f"path '{PATHS[0]}' is off by 1e-04 of a feature's scale for torch.float32"

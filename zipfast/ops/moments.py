@@ -17,7 +17,7 @@ from ._registry import op
 
 NAME = "moments_"
 NO_BAD_VALUE = torch.iinfo(torch.int64).max
-CAPABILITY = {"mma": (8, 0)}  # the least that a path needs
+CAPABILITY = {"mma": lambda least: least >= (8, 0), "wgmma": lambda exact: exact == (9, 0)}  # which have a path
 PROOF_TOLERANCE = 1e-5
 
 
@@ -72,23 +72,23 @@ def _contract(
 def _prove(device: torch.device, paths: tuple[str, ...] | None = None) -> str | None:
     """Whether the tensor-core paths that this device has agree with the generic one there."""
     if paths is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        paths = tuple(name for name, least in CAPABILITY.items() if (major, minor) >= least)
+        paths = tuple(name for name, has in CAPABILITY.items() if has(torch.cuda.get_device_capability(device)))
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = [torch.randn(3, 70, 10, 7, generator=generator).to(dtype).to(device) for _ in range(2)]
-        shift = torch.zeros(140, dtype=torch.float64, device=device)
-        shift[3] = 1.5 if dtype == torch.float16 else 0.0
-        found: dict[str, Tensor] = {}
-        for path in ("generic", *paths):
-            comoment, total = torch.zeros(140, 140).double().to(device), torch.zeros(140).double().to(device)
-            bad = torch.full((2,), NO_BAD_VALUE, device=device)
-            moments_([comoment], [total], [bad], x, [shift], [1], [0], path)
-            found[path] = torch.cat([torch.triu(comoment), total[None]]) / 210
-        for path in paths:
-            error = float((found[path] - found["generic"]).abs().nan_to_num(torch.inf).max())
-            if error > PROOF_TOLERANCE:
-                return f"path '{path}' is off by {error:.0e} of a feature's scale"
+        for moved in (0.0, 1.5):  # without a shift, numbers of 16 bits are multiplied as they are
+            x = [torch.randn(3, 70, 10, 10, generator=generator).to(dtype).to(device) for _ in range(2)]
+            shift = torch.zeros(140, dtype=torch.float64, device=device)
+            shift[3] = moved
+            found: dict[str, Tensor] = {}
+            for path in ("generic", *paths):
+                comoment, total = torch.zeros(140, 140).double().to(device), torch.zeros(140).double().to(device)
+                bad = torch.full((2,), NO_BAD_VALUE, device=device)
+                moments_([comoment], [total], [bad], x, [shift], [1], [0], path)
+                found[path] = torch.cat([torch.triu(comoment), total[None]]) / 300
+            for path in paths:
+                error = float((found[path] - found["generic"]).abs().nan_to_num(torch.inf).max())
+                if error > PROOF_TOLERANCE:
+                    return f"path '{path}' is off by {error:.0e} of a feature's scale for {dtype}"
     return None
 
 
@@ -101,7 +101,7 @@ def _fake(comoment, total, bad, features, shift, axis, seen, path="auto") -> Non
     'int[] axis, int[] seen, str path="auto") -> ()',
     contract=_contract,
     fake=_fake,
-    paths=Paths(("generic", "mma"), _prove),
+    paths=Paths(("generic", "mma", "wgmma"), _prove),
 )
 def moments_(
     comoment: list[Tensor],
@@ -134,7 +134,8 @@ def moments_(
         axis: per space, the feature axis (1 for NCHW, the last for tokens), not negative.
         seen: per space, samples added before this batch; only places ``bad``.
         path: which CUDA kernel serves all spaces (see ``docs/kernels.md``): ``"generic"``; ``"mma"``, tensor cores, compute
-            capability 8.0 and newer, not for float64; ``"auto"``: by device, dtype and shape, space by space.
+            capability 8.0 and newer; ``"wgmma"``, those of 9.0, many features; both not for float64.  ``"auto"``: by device,
+            dtype and shape, space by space.
 
     Raises:
         TypeError, ValueError, RuntimeError: dtype, shape, device.
