@@ -269,12 +269,12 @@ __device__ inline void finish_count(const ThresholdJob& job, int pass, FinishScr
     });
     __syncthreads();
     unsigned long long* out = job.bin + (long long)g * kBins;
+    // A thread reads the bins that it will zero for the next group.
     for (int b = threadIdx.x; b < kBins; b += kThresholdFinish) {
       unsigned sum = 0;
       for (int c = 0; c < kThresholdCopies; ++c) sum += s.bin[c][b];
       if (sum) atomicAdd(out + b, (unsigned long long)sum);
     }
-    __syncthreads();  // the bins may be zeroed again
   });
 }
 
@@ -337,7 +337,6 @@ __device__ inline void finish_ties(const ThresholdJob& job, FinishScratch& s) {
     if (lane_id() == 0) atomicAdd(&s.ties, sum);
     __syncthreads();
     if (threadIdx.x == 0) job.last[blockIdx.x] = s.ties;
-    __syncthreads();  // the sum may be zeroed again
   });
 }
 
@@ -360,6 +359,7 @@ __device__ inline void finish_write(const ThresholdJob& job, FinishScratch& s) {
       if (partly) {
         const long long ties = mine < end ? job.ties[mine] : 0;
         long long total;
+        // Its barriers: nobody needs the old skips.
         const long long go = left - block_before<kThresholdFinish>(ties, s.scan, &total);
         s.skip[threadIdx.x] = unsigned(go < 0 ? 0 : go < kSpan ? go : kSpan);
         left -= total;
@@ -380,7 +380,6 @@ __device__ inline void finish_write(const ThresholdJob& job, FinishScratch& s) {
               });
             });
       });
-      if (partly) __syncthreads();  // the skips may be written again
     }
   });
 }
