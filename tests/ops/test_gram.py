@@ -167,6 +167,16 @@ def test_misaligned(backend: str, device: str, offset: int) -> None:
                 assert torch.equal(got, want)
 
 
+def test_more_pieces_than_a_warp_adds_at_once(backend: str, device: str) -> None:
+    n = 1024 * 32 * 8 + 1024 * 33 if backend != "torch" else 1000  # 32 lanes, eight pieces each
+    x = torch.arange(n) % 1000
+    few = torch.ones(1024)  # lies behind, as do the other pairs
+    got = run([x.float(), few, 1 + x.float(), few], 2, [], device)
+    square, mixed = (x * x).sum().item(), (x * (x + 1)).sum().item()
+    assert got[0].tolist() == [[square, mixed], [mixed, ((x + 1) * (x + 1)).sum().item()]]
+    assert got[1].tolist() == [[1024, 1024], [1024, 1024]]
+
+
 def test_several_pieces(backend: str, device: str) -> None:
     for k, dtype in ((2, F32), (5, BF16)):
         x = [noise(n, seed=i + n, dtype=dtype) for i in range(k) for n in PIECES]

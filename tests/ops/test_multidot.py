@@ -84,7 +84,9 @@ def test_several_pieces(backend: str, device: str, dtype: torch.dtype, k: int) -
 def test_more_pieces_than_a_block_adds_at_once(backend: str, device: str) -> None:
     n = 1024 * 64 * 8 + 1024 * 65  # 64 threads of the emulator, eight pieces each
     g, x = torch.ones(n), torch.arange(n) % 1000
-    assert run([g], [x.float()], device).item() == x.sum().item()
+    few = torch.ones(1024)  # lies behind, as does the second model
+    got = run([g, few], [x.float(), few, 1 + x.float(), few], device)
+    assert got.tolist() == [[x.sum(), 1024], [x.sum() + n, 1024]]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
