@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // What threshold's kernels share, keys eight at a time, and the bracket around the rank.
 #pragma once
-#include "cuda/launch.h"
-#include "cuda/mask.cuh"
-
 #include <type_traits>
+
+#include "cuda/scope.cuh"
+#include "cuda/launch.h"
 
 namespace zipfast::cuda {
 
 namespace {
 
 constexpr int kBins = rule::kThresholdBins, kSpan = kThresholdSpan, kList = kThresholdCandidates;
+constexpr int kMaskByte = 8;           // weights that one byte of a mask speaks of
 constexpr int kStep = 32 * kMaskByte;  // elements that a warp looks at together
 constexpr int kSample = kThresholdWide * kThresholdSamples, kWideWarps = kThresholdWide / 32;
 constexpr int kFinishWarps = kThresholdFinish / 32;
@@ -19,6 +20,12 @@ static_assert(kSpan % kStep == 0 && kSpan <= 65536, "a place has 16 bits");
 static_assert(kBins % kThresholdWide == 0 && kBins % kThresholdFinish == 0);
 static_assert(kList % 32 == 0 && kThresholdWide <= 1024);
 
+template <class key_t>
+struct alignas(16) Pack {
+  key_t value[16 / sizeof(key_t)];
+};
+
+__device__ inline unsigned mask_byte(const uint8_t* mask, long long at) { return mask ? mask[at / kMaskByte] : 0xffu; }
 __device__ inline unsigned lane_id() { return threadIdx.x % 32; }
 __device__ inline unsigned earlier_lanes() { return (1u << lane_id()) - 1; }
 
