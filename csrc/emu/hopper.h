@@ -115,6 +115,7 @@ struct Products {
   unsigned waits = 0;
 };
 [[gnu::noinline]] inline Products& products_here() {
+  EMU_TSAN(EmuIgnore ign;)  // one table for all fibers of an OS thread; its entries are their own
   static thread_local std::unordered_map<Fiber*, Products> all;
   return all[block_here()->cur];
 }
@@ -158,20 +159,31 @@ inline void run(const Product& p) {
     }
   }
 }
-inline void wgmma_issue(const Product& p) { products_here().open.push_back(p); }
+inline void wgmma_issue(const Product& p) {
+  EMU_TSAN(EmuIgnore ign;)
+  products_here().open.push_back(p);
+}
 inline void wgmma_commit() {
+  EMU_TSAN(EmuIgnore ign;)
   Products& all = products_here();
   all.committed.push_back(std::move(all.open));
   all.open.clear();
 }
-inline void wgmma_wait(size_t most) {
+// The products that have to be through; now and then all other threads go first.
+inline std::vector<Product> wgmma_due(size_t most) {
+  EMU_TSAN(EmuIgnore ign;)
   Products& all = products_here();
-  if (all.committed.size() > most && ++all.waits % 4 == blk->cur->linear % 4)  // now and then all others go first
+  if (all.committed.size() > most && ++all.waits % 4 == blk->cur->linear % 4)
     for (const unsigned turns = blk->turns; blk->turns - turns < 2; yield()) blk->later = true;
+  std::vector<Product> due;
   while (all.committed.size() > most) {
-    for (const Product& p : all.committed.front()) run(p);
+    due.insert(due.end(), all.committed.front().begin(), all.committed.front().end());
     all.committed.erase(all.committed.begin());
   }
+  return due;
+}
+inline void wgmma_wait(size_t most) {
+  for (const Product& p : wgmma_due(most)) run(p);
 }
 
 template <class K, class... A>
