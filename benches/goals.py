@@ -80,12 +80,12 @@ GOALS = (
         for how in ("strict, paths", "no budget")
     ),
     *(
-        goal
+        at_least("evidence", case, 2, ("torch.linalg.eigh pipeline",), "a torch.linalg.eigh pipeline")
         for case in ("D=1024, K=100", "D=2048, K=100", "D=2048, K=1000")
-        for goal in (
-            at_least("evidence", case, 2, ("torch.linalg.eigh pipeline",), "a torch.linalg.eigh pipeline"),
-            at_least("evidence", case, 50, ("original",), "the original"),
-        )
+    ),
+    *(
+        at_least("evidence", case, 50, ("original",), "the original")
+        for case in ("D=1024, K=100", "D=2048, K=100")
     ),
     Goal("threshold", "100M", "ms", 0.3, "≤ 0.3 ms"),
     *(

@@ -95,7 +95,8 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
       job.x[s.pointer + m] = alive.back().const_data_ptr();
     }
     if (best == MomentsPath::wgmma) {
-      cuda::PackedSpace own{s.outer, s.size, s.inner, s.seen};
+      cuda::PackedSpace own{};
+      own.outer = s.outer, own.size = s.size, own.inner = s.inner, own.seen = s.seen;
       own.shift = s.shift, own.comoment = s.comoment, own.total = s.total, own.bad = s.bad;
       packed.add(t, own, job.x + s.pointer);
       continue;
