@@ -40,19 +40,24 @@ class Row:
 
 
 ROWS = (
-    Row("apply_mask_*", 256, 2),
-    Row("blend_*", 256, 2),
-    Row("correlate_*", 256, 2),
+    Row("apply_mask_*", 256, 4),
+    Row("blend_*", 256, 3),
+    Row("correlate_*", 256, 3),
     Row("evidence_solve_kernel", 128, 3, form="ILb1E"),  # tridiagonal
     Row("evidence_*", 512, 1),
+    Row("gram_tensor_kernel", 256, 1),
     Row("gram_*", 256, 2),
-    Row("masked_step_*", 256, 2),
+    Row("masked_step_*", 256, 3),
+    Row("moments_mma_kernel", 128, 3),
     Row("moments_wgmma_kernel", 288, 1),
     Row("moments_*", 256, 2),
     Row("multidot_*", 256, 2),
     Row("regroup_*", 256, 2),
+    Row("sparse_linear_staged_kernel", 512, 1),
     Row("sparse_linear_*", 256, 2),
-    Row("threshold_*", 256, 2),
+    Row("threshold_collect_kernel", 256, 4),
+    Row("threshold_finish_kernel", 512, 1),
+    Row("threshold_*", 1024, 1),
     Row("zip_match_*", 512, 1),
 )
 
