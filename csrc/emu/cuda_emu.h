@@ -506,6 +506,6 @@ inline cudaError_t emu_cudaGetLastError() {
 #define ZF_DYN_SHARED(T, name) \
   T* name = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(::cuda_emu::blk->smem.data()) + 15) & ~uintptr_t(15))
 #define ZF_LAUNCH(kernel, grid, block, smem, stream, ...) \
-  ::cuda_emu::launch([](auto... a) { kernel(a...); }, false, dim3(grid), dim3(block), smem, stream, __VA_ARGS__)
+  ::cuda_emu::launch([](const auto&... a) { kernel(a...); }, false, dim3(grid), dim3(block), smem, stream, __VA_ARGS__)
 #define ZF_LAUNCH_COOP(kernel, grid, block, smem, stream, ...) \
-  ::cuda_emu::launch([](auto... a) { kernel(a...); }, true, dim3(grid), dim3(block), smem, stream, __VA_ARGS__)
+  ::cuda_emu::launch([](const auto&... a) { kernel(a...); }, true, dim3(grid), dim3(block), smem, stream, __VA_ARGS__)
