@@ -542,6 +542,6 @@ inline cudaError_t emu_cudaGetLastError() {
 #define cudaGetLastError emu_cudaGetLastError
 #define ZF_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(::cuda_emu::shared_base(::cuda_emu::blk))
 #define ZF_LAUNCH(kernel, grid, block, smem, stream, ...) \
-  ::cuda_emu::launch([](auto... a) { kernel(a...); }, false, dim3(grid), dim3(block), smem, stream, __VA_ARGS__)
+  ::cuda_emu::launch([](const auto&... a) { kernel(a...); }, false, dim3(grid), dim3(block), smem, stream, __VA_ARGS__)
 #define ZF_LAUNCH_COOP(kernel, grid, block, smem, stream, ...) \
-  ::cuda_emu::launch([](auto... a) { kernel(a...); }, true, dim3(grid), dim3(block), smem, stream, __VA_ARGS__)
+  ::cuda_emu::launch([](const auto&... a) { kernel(a...); }, true, dim3(grid), dim3(block), smem, stream, __VA_ARGS__)
