@@ -83,10 +83,7 @@ GOALS = (
         at_least("evidence", case, 2, ("torch.linalg.eigh pipeline",), "a torch.linalg.eigh pipeline")
         for case in ("D=1024, K=100", "D=2048, K=100", "D=2048, K=1000")
     ),
-    *(
-        at_least("evidence", case, 50, ("original",), "the original")
-        for case in ("D=1024, K=100", "D=2048, K=100")
-    ),
+    *(at_least("evidence", case, 50, ("original",), "the original") for case in ("D=1024, K=100", "D=2048, K=100")),
     Goal("threshold", "100M", "ms", 0.3, "≤ 0.3 ms"),
     *(
         at_least("masked_step", case, 1.4, ("fused",), "torch fused + mask")
