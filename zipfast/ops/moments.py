@@ -140,10 +140,11 @@ def moments_(
     Raises:
         TypeError, ValueError, RuntimeError: dtype, shape, device.
 
-    Cost and determinism: S·F²/2 multiply-adds, inputs read once, no copy of the features.  Products of float32, float16
-    and bfloat16 inputs run in float32 over at most 256 samples, then in float64 (sums of features: at most 16); float64
-    inputs run in float64 throughout.  The work is cut by shape alone: equal bits for every thread count, whatever
-    ``torch.set_float32_matmul_precision`` and ``allow_tf32`` say.
+    Cost and determinism: S·F²/2 multiply-adds, inputs read once, no copy of the features (path ``"wgmma"``: packed in 2
+    bytes a value, 4 where they are split).  Products of float32, float16 and bfloat16 inputs run in float32 over at most
+    256 samples, then in float64 (on tensor cores: in float32 that rounds over at most 16384; sums of features: at most 16
+    in float32); float64 inputs run in float64 throughout.  The work is cut by shape alone: equal bits for every thread
+    count, whatever ``torch.set_float32_matmul_precision`` and ``allow_tf32`` say.
 
     Reference: Stoica et al. 2024, §4.1 and App. B (correlations of activations); shifted sums: Chan, Golub and LeVeque
     1983, §2.
