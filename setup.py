@@ -6,7 +6,7 @@ Environment (all optional):
   ZIPFAST_CUDA=auto|0|1      auto: if the installed torch is a CUDA build and nvcc is found; 1 also builds for a CPU torch
   ZIPFAST_EMU=0|1            1: also build the CUDA sources for the host emulator (the tests' fourth backend)
   ZIPFAST_TORCH              the folder that holds the torch package, if it is not this interpreter's own
-  TORCH_CUDA_ARCH_LIST       as elsewhere, e.g. "8.0;9.0+PTX"; default: the GPUs of this machine, else 8.0;9.0+PTX;9.0a
+  TORCH_CUDA_ARCH_LIST       as elsewhere, e.g. "8.0;9.0+PTX"; default: the GPUs of this machine, else 8.0;9.0+PTX
   MAX_JOBS                   parallel compile jobs
 """
 
@@ -74,24 +74,27 @@ def nvcc_major(nvcc: str) -> str:
 
 
 def cuda_archs() -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") in CMake's words ("80-real;90"); 9.0a -> 90a-real."""
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") in CMake's words ("80-real;90-virtual;90a-real")."""
     lst = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not lst:
         try:
             caps = subprocess.check_output(
                 ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], text=True, stderr=subprocess.DEVNULL
             ).split()
-            # 9.0a serves every 9.0 device, and only it has the instructions of the kernels written for Hopper
-            lst = ";".join(sorted({"9.0a" if c == "9.0" else c for c in caps}))
+            lst = ";".join(sorted(set(caps)))
         except (OSError, subprocess.CalledProcessError):
             lst = ""
     out = []
-    for a in re.split(r"[;, ]+", lst or "8.0;9.0+PTX;9.0a"):
+    for a in re.split(r"[;, ]+", lst or "8.0;9.0+PTX"):
         m = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", a)
         if not m:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {a!r}")
-        out.append(f"{m[1]}{m[2]}{m[3]}" + ("" if m[4] else "-real"))
-    return ";".join(out)
+        if (m[1], m[2]) == ("9", "0"):
+            # One machine code for 9.0, the one with Hopper's own instructions; PTX with those would serve no other GPU.
+            out += ["90-virtual"] * bool(m[4]) + ["90a-real"]
+        else:
+            out.append(f"{m[1]}{m[2]}{m[3]}" + ("" if m[4] else "-real"))
+    return ";".join(dict.fromkeys(out))
 
 
 def plan() -> tuple[list[str] | None, str]:

@@ -41,13 +41,13 @@ BEAT_S = 15.0  # how often a step that takes long says what it last printed
 SANITIZER_FOUND = 9  # --error-exitcode: tells a finding of the tool from a tool that could not work
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 OK = "ok"
-DEADLINE_S = 460.0
+DEADLINE_S = 475.0
 BENCHES = (  # seconds; those of a goal first
-    ("moments", 30),
+    ("moments", 25),
     ("sparse_linear", 18),
-    ("zip_match", 30),
-    ("evidence", 44),
-    ("threshold", 14),
+    ("zip_match", 25),
+    ("evidence", 35),
+    ("threshold", 12),
     ("masked_step", 14),
     ("blend", 12),
     ("multidot", 10),
@@ -197,10 +197,11 @@ def steps() -> list[Step]:
     return [
         Step(
             "build",
-            64,
+            100,
             [PYTHON, "setup.py", "build_ext", "--inplace"],
             judge_exit,
-            {"ZIPFAST_NATIVE": "1", "ZIPFAST_CUDA": "1"},
+            # For this machine's GPU, whatever an image asks for otherwise.
+            {"ZIPFAST_NATIVE": "1", "ZIPFAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""},
             (Dry([PYTHON, "setup.py", "-q", "--version"], judge_exit),),
         ),
         Step(
@@ -343,14 +344,18 @@ print(json.dumps({"gpus": gpus, "why": why["cuda"], "lines": lines}))
 def probe() -> dict:
     """What torch and zipfast say of this machine, in a process of its own: the library may be built anew after it."""
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    asked = subprocess.run(
-        [PYTHON, "-W", "ignore", "-c", PROBE],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    try:
+        asked = subprocess.run(
+            [PYTHON, "-W", "ignore", "-c", PROBE],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": search},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    except subprocess.TimeoutExpired:
+        why = "torch did not answer within 120 s"
+        return {"gpus": [], "why": why, "lines": [why]}
     try:
         return json.loads(asked.stdout.splitlines()[-1])
     except (IndexError, ValueError):

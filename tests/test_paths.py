@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zipfast
 from zipfast.ops import OPS
@@ -19,6 +22,7 @@ WITH_PATHS = [op for op in OPS.values() if op.paths is not None]
 @pytest.fixture(autouse=True)
 def _no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
 
 def test_a_path_is_proven_once_a_device() -> None:
@@ -55,6 +59,44 @@ def test_nothing_is_proven_while_a_graph_is_captured(monkeypatch: pytest.MonkeyP
         m.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert paths.settle("op", "auto", GPU) == "generic" and not asked
     assert paths.settle("op", "auto", GPU) == "auto" and asked == [GPU]
+
+
+def test_a_proof_that_raises_is_asked_again() -> None:
+    answers = iter([MemoryError("none left"), None])
+
+    def prove(device: torch.device) -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    paths = Paths(("generic", "fast"), prove)
+    with pytest.raises(MemoryError):
+        paths.settle("op", "auto", GPU)
+    assert paths.settle("op", "auto", GPU) == "auto"
+
+
+def test_nothing_is_proven_on_fake_tensors() -> None:
+    asked: list[torch.device] = []
+    paths = Paths(("generic", "fast"), lambda device: asked.append(device))
+    with FakeTensorMode():
+        assert paths.settle("op", "auto", GPU) == "generic" and not asked
+
+
+def test_threads_wait_for_the_proof() -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def prove(device: torch.device) -> None:
+        began.set()
+        assert go_on.wait(30)
+
+    paths, taken = Paths(("generic", "fast"), prove), []
+    workers = [threading.Thread(target=lambda: taken.append(paths.settle("op", "auto", GPU))) for _ in range(2)]
+    workers[0].start()
+    assert began.wait(30)
+    workers[1].start()
+    go_on.set()
+    for w in workers:
+        w.join(30)
+    assert taken == ["auto", "auto"]
 
 
 @pytest.mark.parametrize("op", WITH_PATHS, ids=lambda op: op.name)

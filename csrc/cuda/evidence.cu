@@ -304,6 +304,7 @@ __device__ inline EvidenceSums team_sums(const EvidenceProblem& p, const Place& 
 
 // Leaders tell their teams where the next sums are wanted, and whether; true while any of the block are.  A barrier.
 __device__ inline bool tell(const Place& at, double t, bool done, double* ratio, bool* idle) {
+  __syncwarp();  // teams of a warp or less have read what is told anew
   if (at.lane == 0) ratio[at.index] = t, idle[at.index] = done;
   return __syncthreads_or(at.lane == 0 && !done) != 0;
 }
@@ -333,7 +334,7 @@ __device__ inline Place take_place(const EvidenceProblem& p, int threads) {
 
 template <bool kTridiagonal>
 __global__ void __launch_bounds__(kTridiagonal ? kEvidenceChain : kEvidenceThreads)
-    evidence_solve_kernel(const EvidenceJob job) {
+    evidence_solve_kernel(const __grid_constant__ EvidenceJob job) {
   constexpr int kThreads = kTridiagonal ? kEvidenceChain : kEvidenceThreads, kWarps = kThreads / 32;
   constexpr int kPart = kTridiagonal ? sizeof(Stretch<2, true>) : sizeof(Terms<2, true>);
   __shared__ double part[kPart / sizeof(double) * kWarps];

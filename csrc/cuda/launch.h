@@ -90,7 +90,7 @@ struct GramJob {
 // Whether path "tensor" serves where a call leaves the choice: tensor cores that multiply float64 faster than all else,
 // and models enough to fill half of an operand.
 inline bool gram_by_tensor_cores(int capability, long long models) {
-  return capability >= 80 && capability % 10 == 0 && models >= 4;
+  return (capability == 80 || capability == 90 || capability == 100) && models >= 4;
 }
 cudaError_t gram(const GramJob& job, bool tensor, cudaStream_t stream);
 
@@ -199,15 +199,20 @@ constexpr int kMomentsSpaces = 64, kMomentsPointers = 256;
 
 // generic: every device and dtype.  mma: tensor cores of compute capability 8.0 and newer.  wgmma: those of 9.0.
 enum class MomentsPath { generic, mma, wgmma };
-constexpr int64_t kMmaMostSamples = (int64_t(1) << 31) - 4096;  // path mma counts them in 32 bits
+constexpr int64_t kMmaMostSamples = (int64_t(1) << 31) - 32768;  // path mma counts them in 32 bits
 // Fewer features, or samples, cost more to pack than their products take.
 constexpr int64_t kPackedFeatures = 512, kPackedSamples = 4 * kPackedGroup;
-// What "auto" takes, by compute capability (80 for 8.0), dtype, stacked features and samples.
-inline MomentsPath moments_path(int capability, DType dtype, int64_t features, int64_t samples) {
-  if (capability < 80 || dtype == DType::f64) return MomentsPath::generic;
-  if (capability == 90 && features >= kPackedFeatures && samples >= kPackedSamples) return MomentsPath::wgmma;
-  return samples <= kMmaMostSamples ? MomentsPath::mma : MomentsPath::generic;
+// What "auto" takes, by the paths that the device at hand has code for, dtype, stacked features and samples.
+struct MomentsCode {
+  bool mma, wgmma;
+};
+inline MomentsPath moments_path(MomentsCode code, DType dtype, int64_t features, int64_t samples) {
+  if (dtype == DType::f64) return MomentsPath::generic;
+  if (code.wgmma && features >= kPackedFeatures && samples >= kPackedSamples) return MomentsPath::wgmma;
+  return code.mma && samples <= kMmaMostSamples ? MomentsPath::mma : MomentsPath::generic;
 }
+// What was loaded for the current device: a build without code for its generation runs there, too, from older code.
+MomentsCode moments_code(int capability);
 
 struct MomentsSpace {
   int64_t outer, size, inner, seen;

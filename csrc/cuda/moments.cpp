@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Glue of moments_' CUDA kernels: fills launches of up to kMomentsSpaces spaces of one dtype.
+#include <atomic>
 #include <string>
 
 #include "cuda/moments_packed_glue.h"
@@ -10,20 +11,42 @@ namespace {
 
 using cuda::MomentsPath;
 
+// What the current device has code for; asked once a device, as every call would otherwise.
+cuda::MomentsCode code_here(const CudaScope& scope) {
+#ifdef ZF_EMU
+  return cuda::moments_code(scope.capability());
+#else
+  constexpr int kKnown = 64, kAsked = 4;
+  static std::atomic<int> known[kKnown];
+  int device = 0;
+  const bool listed = cudaGetDevice(&device) == cudaSuccess && device < kKnown;
+  int bits = listed ? known[device].load(std::memory_order_relaxed) : 0;
+  if (!bits) {
+    const cuda::MomentsCode code = cuda::moments_code(scope.capability());
+    bits = kAsked | (code.mma ? 1 : 0) | (code.wgmma ? 2 : 0);
+    if (listed) known[device].store(bits, std::memory_order_relaxed);
+  }
+  return {(bits & 1) != 0, (bits & 2) != 0};
+#endif
+}
+
 // The path that was asked for, or what "auto" takes; refuses what cannot run here.
-MomentsPath path_of(const std::string& asked, int capability, DType dtype, int64_t features, int64_t samples) {
-  if (asked == "auto") return cuda::moments_path(capability, dtype, features, samples);
+MomentsPath path_of(const std::string& asked, cuda::MomentsCode code, DType dtype, int models, int64_t features,
+                    int64_t samples) {
+  const bool packs = models <= cuda::kPackedPointers;
+  if (asked == "auto") return cuda::moments_path({code.mma, code.wgmma && packs}, dtype, features, samples);
   if (asked == "generic") return MomentsPath::generic;
-  STD_TORCH_CHECK(asked == "mma" || asked == "wgmma", "moments_: path '", asked, "' is not built");
+  STD_TORCH_CHECK(asked == "mma" || asked == "wgmma", "moments_: path '", asked, "' is not known");
   const bool wgmma = asked == "wgmma";
   STD_TORCH_CHECK(dtype != DType::f64, "moments_: path '", asked,
                   "' takes features of float32, float16 or bfloat16, got float64");
   STD_TORCH_CHECK(wgmma || samples <= cuda::kMmaMostSamples, "moments_: path '", asked, "' takes at most ",
                   cuda::kMmaMostSamples, " samples in one call, got ", samples);
+  STD_TORCH_CHECK(!wgmma || packs, "moments_: path '", asked, "' takes at most ", cuda::kPackedPointers,
+                  " models, got ", models);
 #ifndef ZF_EMU
-  STD_TORCH_CHECK(wgmma ? capability == 90 : capability >= 80, "moments_: path '", asked,
-                  "' needs a GPU of compute capability ", wgmma ? "9.0" : "8.0 or newer", ", got ", capability / 10,
-                  ".", capability % 10);
+  STD_TORCH_CHECK(wgmma ? code.wgmma : code.mma, "moments_: path '", asked, "' needs a GPU of compute capability ",
+                  wgmma ? "9.0" : "8.0 or newer", " and a build with code for it");
 #endif
   return wgmma ? MomentsPath::wgmma : MomentsPath::mma;
 }
@@ -39,13 +62,13 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
   STD_TORCH_CHECK(models <= cuda::kMomentsPointers, "moments_: at most ", cuda::kMomentsPointers, " models, got ",
                   models);
   CudaScope scope(features[0]);
-  const int capability = scope.capability();
+  const cuda::MomentsCode code = code_here(scope);
 
   std::vector<Tensor> alive;  // contiguous copies, if any, until the launch
   PackedWaves packed(models, total[0], scope.stream);
   cuda::MomentsJob job{};
   for (size_t i = 0; i < spaces; ++i)  // before anything is added
-    (void)path_of(path, capability, dtype_of("moments_", features[i * models]), 0, 0);
+    (void)path_of(path, code, dtype_of("moments_", features[i * models]), models, 0, 0);
   DType dtype{};
   MomentsPath taken{};
   int64_t partial = 0;
@@ -66,7 +89,7 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
     const DType t = dtype_of("moments_", first);
     const AxisView view(first, axis[i]);
     const int64_t F = models * view.size, side = cuda::moments_side(F);
-    const MomentsPath best = path_of(path, capability, t, F, view.outer * view.inner);
+    const MomentsPath best = path_of(path, code, t, models, F, view.outer * view.inner);
     const bool full = job.spaces == cuda::kMomentsSpaces || (job.spaces + 1) * models > cuda::kMomentsPointers;
     if (best != MomentsPath::wgmma) {
       if (full || t != dtype || best != taken) flush();

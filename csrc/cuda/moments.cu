@@ -143,6 +143,22 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+MomentsCode moments_code(int capability) {
+#ifdef ZF_EMU
+  return {capability >= 80, capability == 90};
+#else
+  // Code made for an older generation has neither instructions of this one nor the clusters of path wgmma.
+  cudaFuncAttributes mma{}, wgmma{};
+  const bool asked = cudaFuncGetAttributes(&mma, moments_mma_kernel<Half>) == cudaSuccess &&
+                     cudaFuncGetAttributes(&wgmma, moments_wgmma_kernel<Half>) == cudaSuccess;
+  if (!asked) {
+    (void)cudaGetLastError();
+    return {false, false};
+  }
+  return {capability >= 80 && mma.ptxVersion >= 80, capability == 90 && wgmma.requiredClusterWidth == 2};
+#endif
+}
+
 cudaError_t moments(DType dtype, MomentsPath path, const MomentsJob& job, cudaStream_t stream) {
   if (job.blocks == 0) return cudaSuccess;
   dispatch(dtype, [&](auto* tag) {

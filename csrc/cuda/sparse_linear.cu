@@ -320,14 +320,15 @@ long long staged_bytes(DType dtype, long long columns, int samples) {
 }
 
 template <class scalar_t, int kSamples, int kLanes>
-cudaError_t staged(const SparseJob& job, long long bytes, int processors, cudaStream_t stream) {
+cudaError_t staged(const SparseJob& job, long long bytes, const Room& room, cudaStream_t stream) {
 #ifndef ZF_EMU
+  // The most there is, not what this call needs: the limit belongs to the kernel, and another thread may launch it.
   const cudaError_t e = cudaFuncSetAttribute(sparse_linear_staged_kernel<scalar_t, kSamples, kLanes>,
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize, room.shared);
   if (e != cudaSuccess) return e;
 #endif
   const long long each = kStagedThreads / kLanes, blocks = (job.rows + each - 1) / each;
-  const long long most = (long long)processors * kStagedBlocks<kSamples>;
+  const long long most = (long long)room.processors * kStagedBlocks<kSamples>;
   const dim3 grid(unsigned(blocks < most ? blocks : most), unsigned((job.batch + kSamples - 1) / kSamples));
   ZF_LAUNCH((sparse_linear_staged_kernel<scalar_t, kSamples, kLanes>), grid, unsigned(kStagedThreads), size_t(bytes),
             stream, job);
@@ -346,7 +347,8 @@ int sparse_staged_samples(DType dtype, long long columns, long long batch) {
 
 cudaError_t sparse_linear_staged(DType dtype, const SparseJob& job, cudaStream_t stream) {
   if (job.rows == 0 || job.batch == 0) return cudaSuccess;
-  const int samples = sparse_staged_samples(dtype, job.columns, job.batch), processors = Room().processors;
+  const int samples = sparse_staged_samples(dtype, job.columns, job.batch);
+  const Room room;
   const long long bytes = staged_bytes(dtype, job.columns, samples);
   return dispatch(dtype, [&](auto* tag) {
     using scalar_t = std::remove_pointer_t<decltype(tag)>;
@@ -356,8 +358,8 @@ cudaError_t sparse_linear_staged(DType dtype, const SparseJob& job, cudaStream_t
       // Rows that 16 lanes cannot load at once get all 32.
       const auto run = [&](auto count) {
         constexpr int kSamples = decltype(count)::value;
-        if (job.alive > 512 * job.rows) return staged<scalar_t, kSamples, 32>(job, bytes, processors, stream);
-        return staged<scalar_t, kSamples, 16>(job, bytes, processors, stream);
+        if (job.alive > 512 * job.rows) return staged<scalar_t, kSamples, 32>(job, bytes, room, stream);
+        return staged<scalar_t, kSamples, 16>(job, bytes, room, stream);
       };
       switch (samples) {
         case 1:

@@ -452,7 +452,8 @@ __global__ void __launch_bounds__(kThresholdThreads, 4)
   for (int g = threadIdx.x; g < job.groups; g += kThresholdThreads) settle(job, g);
 }
 
-__global__ void __launch_bounds__(kThresholdFinish, 1) threshold_finish_kernel(const ThresholdJob job) {
+__global__ void __launch_bounds__(kThresholdFinish, 1)
+    threshold_finish_kernel(const __grid_constant__ ThresholdJob job) {
   __shared__ FinishScratch scratch;
   const auto grid = cooperative_groups::this_grid();
   const int passes = *job.passes;

@@ -12,9 +12,11 @@ and ``"auto"`` means the first path from then on.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -32,6 +34,8 @@ class Paths:
     names: tuple[str, ...]
     prove: Callable[[torch.device], str | None] | None = None
     _proven: dict[torch.device, bool] = field(default_factory=dict)
+    _lock: Any = field(default_factory=threading.RLock)
+    _asking: list[torch.device] = field(default_factory=list)
 
     def check(self, op: str, path: object) -> None:
         if not isinstance(path, str):
@@ -44,15 +48,31 @@ class Paths:
         if device.type != "cuda" or path != AUTO or self.prove is None:
             return path
         if device not in self._proven:
-            if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-                return self.names[0]  # a comparison reads results, which may not happen here; asked again next time
-            self._proven[device] = False  # the proof calls the op
-            problem = self.prove(device)
-            self._proven[device] = problem is None
-            if problem is not None:
-                warnings.warn(
-                    f"{op}: on {device} path {self.names[0]!r} is used for everything, as {problem}; please report this",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+            # A comparison reads results, which may not happen here: while something is traced, or on fake tensors.
+            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+                return self.names[0]
+            with self._lock:  # another thread waits, and then takes the same path
+                if device not in self._proven and not self._prove_now(op, device):
+                    return self.names[0]
         return path if self._proven[device] else self.names[0]
+
+    def _prove_now(self, op: str, device: torch.device) -> bool:
+        """Whether it could be asked: not while a graph is captured, nor by what the proof itself calls."""
+        if self._asking:
+            return False
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return False  # asked again next time: call an op once before it is captured
+        self._asking.append(device)
+        try:
+            problem = self.prove(device) if self.prove is not None else None
+        finally:
+            self._asking.clear()
+        self._proven[device] = problem is None
+        if problem is not None:
+            warnings.warn(
+                f"{op}: on {device} path {self.names[0]!r} is used for everything, as {problem}; please report this",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return True

@@ -39,8 +39,8 @@ def _fake(x: list[Tensor], models: int, base: list[Tensor], path: str = "auto") 
 def _prove(device: torch.device) -> str | None:
     """Path "tensor" against the first one, on whole numbers, whose sums are exact: operands of every number of models."""
     for models in (5, 13, 29, 70):
-        whole = torch.arange(models * 301, device=device).mul(40503).remainder(8191) - 4095
-        x = list(whole.reshape(models, 301).float().unbind())
+        whole = torch.arange(models * 304, device=device).mul(40503).remainder(8191) - 4095
+        x = list(whole.reshape(models, 304).float().unbind())
         plain, tensor = (gram(x, models, x[1:2], path) for path in PATHS.names)
         if not torch.equal(plain, tensor):
             return f"path 'tensor' differs for {models} models"
