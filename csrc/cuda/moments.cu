@@ -150,7 +150,7 @@ MomentsCode moments_code(int capability) {
   // Code made for an older generation has neither instructions of this one nor the clusters of path wgmma.
   cudaFuncAttributes mma{}, wgmma{};
   const bool asked = cudaFuncGetAttributes(&mma, moments_mma_kernel<Half>) == cudaSuccess &&
-                     cudaFuncGetAttributes(&wgmma, moments_wgmma_kernel<Half>) == cudaSuccess;
+                     cudaFuncGetAttributes(&wgmma, packed::moments_wgmma_kernel<Half>) == cudaSuccess;
   if (!asked) {
     (void)cudaGetLastError();
     return {false, false};
