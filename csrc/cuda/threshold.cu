@@ -249,7 +249,7 @@ __device__ inline void finish_count(const ThresholdJob& job, int pass, FinishScr
     if (group.rank == 0 || pass >= rule::threshold_passes(group.bits)) return;
     const Digit d{rule::threshold_shift(group.bits, pass),
                   pass ? rule::threshold_shift(group.bits, pass - 1) : group.bits, group.prefix};
-    for (int b = threadIdx.x; b < kThresholdCopies * kBins; b += kThresholdFinish) s.bin[0][b] = 0;
+    for (int b = threadIdx.x; b < kThresholdCopies * kBins; b += kThresholdFinish) s.bin[b / kBins][b % kBins] = 0;
     __syncthreads();
     // Equal keys are many where types are short: several copies, so that fewer warps wait for one bin.
     unsigned* own = s.bin[threadIdx.x / 32 % kThresholdCopies];

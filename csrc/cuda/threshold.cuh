@@ -282,7 +282,7 @@ __device__ inline void bracket_group(const ThresholdJob& job, int g) {
       const int shift = rule::threshold_shift(kept, pass);
       const int top = pass ? rule::threshold_shift(kept, pass - 1) : kept;
       const bool apart_now = prefix[0] != prefix[1];
-      for (int b = threadIdx.x; b < 2 * kBins; b += kThresholdWide) bin[0][b] = 0;
+      for (int b = threadIdx.x; b < 2 * kBins; b += kThresholdWide) bin[b / kBins][b % kBins] = 0;
       __syncthreads();
       ZF_UNROLL
       for (int i = 0; i < kThresholdSamples; ++i) {
