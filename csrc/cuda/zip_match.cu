@@ -335,8 +335,8 @@ class Matcher : MatchBoard<scalar_t> {
     constexpr int kTwo = 2;
     Edge<scalar_t> best = no_edge();
     for (int k = threadIdx.x; k < n_; k += kMatchThreads * kTwo) {
-      scalar_t v[kTwo], bound[kTwo];
-      int arg[kTwo], models[kTwo];
+      scalar_t v[kTwo] = {}, bound[kTwo] = {};
+      int arg[kTwo] = {}, models[kTwo] = {};
       ZF_UNROLL
       for (int u = 0; u < kTwo; ++u) {  // all loads before the first store
         const int c = k + u * kMatchThreads;
