@@ -83,7 +83,7 @@ def facts() -> dict[str, Any]:
 
     build: dict[str, Any] = {"compiled": False}
     try:
-        from zipfast._C import build_info, simd_level  # type: ignore[import-not-found]
+        from zipfast._C import build_info, simd_level
 
         build = {"compiled": True, **build_info, "simd": simd_level()}
     except ImportError:

@@ -108,12 +108,14 @@ def evaluate(model: nn.Module, digits: Digits) -> Accuracy:
     return Accuracy(joint, *parts)
 
 
-def compare(digits: Digits, seed: int, epochs: int, progress: Any = None) -> tuple[dict[str, Accuracy], Merged, list]:
+def compare(
+    digits: Digits, seed: int, epochs: int, progress: Any = None
+) -> tuple[dict[str, Accuracy], Merged, list[Any]]:
     """Train one pair and evaluate everything: accuracies by row, the ZipIt! merge, the two models."""
     tick = progress or (lambda: None)
     models = [train(digits, classes, 2 * seed + i, epochs, tick) for i, classes in enumerate(TASKS)]
     data = digits.batches()
-    merged = {m: merge(models, (data[0],), data, method=m) for m in ("average", "permute", "zip")}  # type: ignore[arg-type]
+    merged = {m: merge(models, (data[0],), data, method=m) for m in ("average", "permute", "zip")}
     stale = merge(models, (data[0],), data, reestimate=False)
     rows: dict[str, nn.Module] = {
         "model A (0-4)": models[0],
@@ -180,7 +182,9 @@ def _time_against_torch(models: Sequence[nn.Module], digits: Digits) -> dict[str
     return timing
 
 
-def _tables(accuracies: dict[str, Accuracy], merged: Merged, timing: dict, folder: Path, result: dict[str, Any]) -> str:
+def _tables(
+    accuracies: dict[str, Accuracy], merged: Merged, timing: dict[str, Any], folder: Path, result: dict[str, Any]
+) -> str:
     lines = [
         "",
         f"Digits 0-4 and 5-9, two ResNet-20, test accuracy in per cent (seed {result['seed']})",

@@ -97,7 +97,11 @@ def load_model(spec: str, *, factory: str | None = None, factory_args: Mapping[s
 
 
 def describe(
-    spec: str, model: nn.Module | None = None, *, factory: str | None = None, factory_args: Mapping | None = None
+    spec: str,
+    model: nn.Module | None = None,
+    *,
+    factory: str | None = None,
+    factory_args: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Where a model comes from, for the metadata of what is made of it; arguments and errors as in :func:`load_model`,
     whose result can be given as ``model``; without it, it is loaded.
@@ -239,10 +243,11 @@ def _find(op: str, name: str) -> Callable[..., Any]:
         target = getattr(target, part, None)
     if not callable(target):
         raise TypeError(f"{op}: {attribute!r} must be a function or class in {module!r}, got {type(target).__name__}")
-    return target
+    function: Callable[..., Any] = target
+    return function
 
 
-def _resolve(spec: str, factory: str | None, args: Mapping | None) -> tuple[Spec, str | None, dict[str, Any]]:
+def _resolve(spec: str, factory: str | None, args: Mapping[str, Any] | None) -> tuple[Spec, str | None, dict[str, Any]]:
     """The spec, the factory to call (none for a folder) and its arguments."""
     parsed = parse_spec(spec)
     if args is not None and not isinstance(args, Mapping):
@@ -290,7 +295,9 @@ def _load_weights(module: nn.Module, state: dict[str, Tensor], path: str, name: 
     _check_fit(path, name, missing, unexpected)
 
 
-def _check_fit(path: Any, name: str, missing: Sequence, unexpected: Sequence = (), shapes: Sequence = ()) -> None:
+def _check_fit(
+    path: Any, name: str, missing: Sequence[Any], unexpected: Sequence[Any] = (), shapes: Sequence[Any] = ()
+) -> None:
     """Raise the one sentence on tensors that do not fit; ``shapes``: (name, wanted, got)."""
     wrong = [f"{list(got)} instead of {list(wanted)} for {key!r}" for key, wanted, got in shapes[:1]]
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
@@ -350,7 +357,8 @@ def _load_folder(folder: Path) -> nn.Module:
         raise ValueError(f"load_model: {folder} cannot be loaded as {cls.__name__} ({_line(e)})") from e
     shapes = [(key, wanted, got) for key, got, wanted in sorted(info["mismatched_keys"])]
     _check_fit(folder, cls.__name__, sorted(info["missing_keys"]), (), shapes)
-    return module
+    loaded: nn.Module = module
+    return loaded
 
 
 def _list_images(root: Path) -> tuple[list[tuple[Path, int | None]], list[str] | None]:
@@ -385,7 +393,7 @@ def _image_reader(first: Path, size: int | None, mode: str, mean: Any, std: Any)
         raise ImportError("load_data: Pillow must be installed for images; pip install 'zipfast[images]'") from e
     normalize = _normalizer(mean, std, len(mode))
 
-    def decode(file: Path) -> Image.Image:
+    def decode(file: Path) -> Any:  # a PIL image
         try:
             with Image.open(file) as opened:
                 if opened.mode[0] in "IF":

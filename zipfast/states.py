@@ -162,7 +162,8 @@ class _Memory(State):
 
     def read(self, key: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Tensor:
         flat = self.state[key].reshape(-1)[start:stop]
-        return flat if flat.device.type == "cpu" else flat.cpu()
+        here: Tensor = flat if flat.device.type == "cpu" else flat.cpu()
+        return here
 
 
 class _Pickle(_Memory):

@@ -61,7 +61,8 @@ class VGG(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        y: Tensor = self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        return y
 
 
 class BasicBlock(nn.Module):
@@ -137,7 +138,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        return self.linear(self.stages(x).mean((2, 3)))
+        y: Tensor = self.linear(self.stages(x).mean((2, 3)))
+        return y
 
 
 def resnet(depth_n: int = 3, *, width: float = 1.0, classes: int = 10, in_channels: int = 1) -> ResNet:

@@ -85,7 +85,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def arguments(text: Any) -> dict[str, Any] | list[dict[str, Any]]:
     """A JSON object, or a list of them; a YAML file may hold them as they are."""
     try:
-        value = json.loads(text) if isinstance(text, str) else text
+        value: dict[str, Any] | list[dict[str, Any]] = json.loads(text) if isinstance(text, str) else text
     except json.JSONDecodeError as e:
         raise argparse.ArgumentTypeError(f"must be JSON, got {text!r} ({e})") from None
     if not all(isinstance(item, dict) for item in (value if isinstance(value, list) else [value])):

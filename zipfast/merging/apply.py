@@ -200,10 +200,12 @@ def _merge_tensor(
     axis_groups = _AxisGroups(axis_targets(first.shape[axis], len(tensors), own), first.shape[axis])
     order, start = axis_groups.members(range(len(tensors)), first.device)
     if weights is None:
-        return regroup(tensors, order, start, (start[1:] - start[:-1]).double(), axis)
+        mean: Tensor = regroup(tensors, order, start, (start[1:] - start[:-1]).double(), axis)
+        return mean
     share = torch.tensor(scale, dtype=torch.float64).repeat_interleave(first.shape[axis])[order.cpu()]
     divisor = torch.segment_reduce(share, "sum", lengths=(start[1:] - start[:-1]).cpu()).to(first.device)
-    return regroup([t * w for t, w in zip(tensors, scale)], order, start, divisor, axis)
+    weighted: Tensor = regroup([t * w for t, w in zip(tensors, scale)], order, start, divisor, axis)
+    return weighted
 
 
 def axis_targets(length: int, models: int, entries: Sequence[_Entry]) -> tuple[Tensor, ...]:

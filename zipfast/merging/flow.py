@@ -97,7 +97,8 @@ class Flow:
 
     def axes(self, node: Node) -> list[Layout]:
         """One layout per axis of a node's value."""
-        return self.layouts[node]
+        axes: list[Layout] = self.layouts[node]
+        return axes
 
     def is_weight(self, node: Any) -> bool:
         """Whether a value is a parameter or computed from parameters and constants alone."""

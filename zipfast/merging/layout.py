@@ -243,11 +243,11 @@ def _unify_parts(s: Layout, t: Layout) -> None:
     # earlier step may have refined a later part, hence the resolve and splice in every step.
     assert isinstance(s, Product | Concat) and type(s) is type(t)
     is_product, kind = isinstance(s, Product), type(s)
-    todo_s, todo_t = list(s.parts), list(t.parts)  # type: ignore[union-attr]
+    todo_s, todo_t = list(s.parts), list(t.parts)
     while todo_s and todo_t:
         for todo in (todo_s, todo_t):
             head = resolve(todo[0])
-            todo[:1] = head.parts if isinstance(head, kind) else [head]  # type: ignore[union-attr]
+            todo[:1] = head.parts if isinstance(head, kind) else [head]
         n, m = size_of(todo_s[0]), size_of(todo_t[0])
         if n == m:
             unify(todo_s.pop(0), todo_t.pop(0))

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ def match(
     return results[0] if single else results
 
 
-def _per_space(name: str, value: float | Sequence, spaces: int) -> list:
+def _per_space(name: str, value: float | Sequence[float], spaces: int) -> list[Any]:
     if isinstance(value, (list, tuple)):
         if len(value) != spaces:
             raise ValueError(f"match: '{name}' must have one entry per space ({spaces}), got {len(value)}")

@@ -179,7 +179,7 @@ class MultiHead(nn.Module):
             "entry": None if self.entry is None else {"axis": self.entry.axis},
             "trunk": _part(self.trunk).to_data(),
             "heads": [_part(head).to_data() for head in self.heads],
-            "exits": [list(exit_.axes) for exit_ in self.exits],  # type: ignore[union-attr,arg-type]
+            "exits": [list(exit_.axes) for exit_ in self.exits],  # type: ignore[arg-type]
         }
         checkpoint.save(target / WEIGHTS, state, metadata)
         with checkpoint.atomic_write(target / DESCRIPTION, "w") as file:

@@ -12,7 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Part(GraphModule):
             raise ValueError(f"load: the graph is damaged ({type(error).__name__}: {error})") from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Part:
-        part: Any = super().__deepcopy__(memo)
+        part = cast(Part, super().__deepcopy__(memo))
         part.inputs, part.names = self.inputs, self.names
         return part
 

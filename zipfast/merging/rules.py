@@ -277,7 +277,8 @@ def _group_norm(flow: Flow, node: Node, x: Node, groups: int, *params: Any, **kw
     if 1 < groups < size_of(channels):
         divide(channels, Product, [groups, size_of(channels) // groups])
     flag(channels, "norm")
-    return _batch_norm(flow, node, x, *params[:2])
+    axes: list[Layout] = _batch_norm(flow, node, x, *params[:2])
+    return axes
 
 
 @rule("mean", "sum", "var", "std", "amax", "amin", "prod", "logsumexp", "norm", "linalg_vector_norm", "any", "all")

@@ -151,7 +151,7 @@ def _enter(flow: Flow, exported: Exported, region: Region) -> None:
 def _step(flow: Flow, node: Node, unknown: str) -> None:
     value, name = node.meta.get("val"), op_name(node)
     if name == "getitem" and isinstance(node.args[0], Node) and isinstance(flow.layouts[node.args[0]], list):
-        flow.layouts[node] = flow.layouts[node.args[0]][node.args[1]]  # type: ignore[index]
+        flow.layouts[node] = flow.layouts[node.args[0]][node.args[1]]
     elif not isinstance(value, Tensor | tuple | list):
         flow.layouts[node] = []  # sizes and assertions
         return

@@ -39,9 +39,9 @@ class Op:
     def __init__(
         self,
         schema: str,
-        reference: Callable,
-        contract: Callable,
-        fake: Callable,
+        reference: Callable[..., Any],
+        contract: Callable[..., Any],
+        fake: Callable[..., Any],
         host_only: str | None,
         stem: str | None,
         paths: Paths | None,
@@ -102,12 +102,12 @@ class Op:
 def op(
     schema: str,
     *,
-    contract: Callable,
-    fake: Callable,
+    contract: Callable[..., Any],
+    fake: Callable[..., Any],
     host_only: str | None = None,
     stem: str | None = None,
     paths: Paths | None = None,
-) -> Callable[[Callable], Op]:
+) -> Callable[[Callable[..., Any]], Op]:
     """Declare an operator; the decorated function is its reference.
 
     Args:

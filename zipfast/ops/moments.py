@@ -105,7 +105,9 @@ def _compare(device: torch.device, call: Callable[..., None], paths: tuple[str, 
     return None
 
 
-def _fake(comoment, total, bad, features, shift, axis, seen, path="auto") -> None:
+def _fake(
+    comoment: Any, total: Any, bad: Any, features: Any, shift: Any, axis: Any, seen: Any, path: str = "auto"
+) -> None:
     return None
 
 

@@ -54,7 +54,7 @@ def _contract(sim: list[Tensor], models: int, keep: list[int], budget: list[int]
 
 def _fake(
     sim: list[Tensor], models: int, keep: list[int], budget: list[int], alpha: float, compat: bool, path: str = "auto"
-):
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     features = sum(t.shape[0] for t in sim)
     merges = sum(t.shape[0] - k for t, k in zip(sim, keep))
     new = sim[0].new_empty

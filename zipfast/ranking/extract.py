@@ -205,7 +205,7 @@ class Extractor:
     def _picked(self, args: Any, kwargs: Any) -> _Raw:
         """What the model's code makes of the head's input: it is made to do to it what it does to the head's output."""
         ((head, name),) = self._watched.items()
-        width = int(head.weight.shape[1])  # type: ignore[union-attr]
+        width = int(head.weight.shape[1])
         model = f"{type(self.model).__name__}, where {name!r} works per position"
         try:
             with _hooked(self._watched, lambda name, module, given, output: torch.cat([output, given], -1)):
@@ -273,7 +273,9 @@ def extract(
     return map(one, enumerate(batches))
 
 
-def load_candidate(spec: str, *, factory: str | None = None, factory_args: Mapping | None = None) -> nn.Module:
+def load_candidate(
+    spec: str, *, factory: str | None = None, factory_args: Mapping[str, Any] | None = None
+) -> nn.Module:
     """The pre-trained model that a spec names, in eval mode, on the CPU.
 
     Args:

@@ -253,7 +253,8 @@ class LogME:
         self.alphas, self.betas = found.alpha.tolist(), found.beta.tolist()
         assert found.mean is not None
         self.ms = found.mean if isinstance(f, Tensor) else found.mean.cpu().numpy()
-        return np.float64(found.score)
+        score: np.float64 = np.float64(found.score)
+        return score
 
     def predict(self, f: Array) -> Any:
         """Classes [N], or values [N, K] of a regression, by the posterior means.

@@ -148,7 +148,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     reproduce the matrix, the CPU solves it again.
     """
     if matrix.device.type == "cpu":
-        return torch.linalg.eigh(matrix)
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
     try:
         sigma, basis = torch.linalg.eigh(matrix)
     except RuntimeError:  # did not converge (LinAlgError), or refused the size: the CPU's does neither

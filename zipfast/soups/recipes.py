@@ -260,7 +260,8 @@ def _evaluated(
     state = mix(members, column, layout=layout, int_policy=int_policy, name="greedy_soup")
     assert state is not None
     if need is not None and hasattr(evaluate, "at_most"):
-        return evaluate.at_most(state, need, equal=equal)
+        score, exact = evaluate.at_most(state, need, equal=equal)
+        return score, exact
     return evaluate(state), True
 
 

@@ -190,7 +190,8 @@ def _start(run: _Run, seed: int) -> State:
     """θ₀, from its file once there is one."""
     path = run.out / f"seed-{seed}" / "start.safetensors"
     if path.exists():
-        return _read(path)
+        started: State = _read(path)
+        return started
     state = {name: value.detach().clone() for name, value in run.task.network(seed).state_dict().items()}
     checkpoint.save(path, state, {"identity": run.identity, "seed": seed})
     return state

@@ -405,7 +405,10 @@ class Masks:
 
     def to_json(self) -> dict[str, Any]:
         """Densities and origin, without the bits."""
-        return json.loads(json.dumps({"density": self.density, "layers": self.densities, **self.facts}))
+        plain: dict[str, Any] = json.loads(
+            json.dumps({"density": self.density, "layers": self.densities, **self.facts})
+        )
+        return plain
 
 
 def rate_for(density: float, rounds: int) -> float:
@@ -416,7 +419,7 @@ def rate_for(density: float, rounds: int) -> float:
     """
     if not 0 < density <= 1 or rounds < 1:
         raise ValueError(f"rate_for: density must be in (0, 1] and rounds at least 1, got {density} and {rounds}")
-    return 1 - density ** (1 / rounds)
+    return float(1 - density ** (1 / rounds))
 
 
 def apply_bits_(tensors: Sequence[Tensor], bits: Sequence[Tensor], source: Sequence[Tensor] = ()) -> None:

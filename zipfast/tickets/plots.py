@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..soups.plots import _pyplot, _save
 from .connectivity import Connectivity
@@ -27,7 +27,7 @@ def plot_levels(found: Lottery, path: str | os.PathLike[str]) -> None:
     if not found.trainings:
         raise ValueError(f"plot_levels: there must be a finished training in {found.folder}, got none")
     figure, axes = _pyplot().subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    values = (
+    values: tuple[tuple[str, Callable[[Training], float]], ...] = (
         ("accuracy at the end (%)", lambda t: t.end_test),
         ("accuracy at early stop (%)", lambda t: t.early_test),
         ("early-stop iteration", lambda t: float(t.early)),

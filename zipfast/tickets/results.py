@@ -126,7 +126,9 @@ class Lottery:
 
     def curve(self, level: int, *, seed: int = 0, kind: str = "ticket") -> list[dict[str, float]]:
         """iteration, loss, accuracy, test of each evaluation; NaN where the test was not looked at."""
-        return json.loads((self.place(level, seed=seed, kind=kind) / "result.json").read_text())["curve"]
+        result = json.loads((self.place(level, seed=seed, kind=kind) / "result.json").read_text())
+        curve: list[dict[str, float]] = result["curve"]
+        return curve
 
     def rows(self) -> list[Row]:
         """Kinds and levels, over seeds."""
@@ -158,12 +160,13 @@ class Lottery:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; what is not a number is null."""
-        plain = {
+        plain: dict[str, Any] = {
             "settings": self.settings,
             "rows": [vars(row) for row in self.rows()],
             "trainings": [vars(t) for t in self.trainings],
         }
-        return _finite(plain)
+        finite: dict[str, Any] = _finite(plain)
+        return finite
 
     def table(self) -> str:
         """Markdown: one line per level, kinds side by side."""

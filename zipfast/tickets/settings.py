@@ -99,7 +99,8 @@ def about(task: Task, model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
     for name in ("train", "validation", "test"):
         found[name] = _loader(getattr(task, name), first_batch=name != "train")
-    return json.loads(json.dumps(found))
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
 
 
 def check_seeds(task: Task, seeds: Sequence[int]) -> None:

@@ -78,10 +78,11 @@ class _Forward(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(row_start, column, value, x, *transposed)
         ctx.has_bias = bias is not None
-        return ops.sparse_linear(row_start, column, value, x, bias)
+        y: Tensor = ops.sparse_linear(row_start, column, value, x, bias)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         row_start, column, value, x, *transposed = ctx.saved_tensors
         by_value = by_x = by_bias = None
         if ctx.needs_input_grad[2]:
@@ -100,11 +101,13 @@ class _Input(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(row_start, column, value, grad, *transposed)
         if transposed and not on_gpu(grad):  # the kernel in C++ wants ascending columns; this product takes any
-            return ops.sparse_linear(transposed[0], transposed[1], value[transposed[2].long()], grad, None)
-        return ops.sparse_linear_input(row_start, column, value, list(transposed), grad, in_features)
+            product: Tensor = ops.sparse_linear(transposed[0], transposed[1], value[transposed[2].long()], grad, None)
+            return product
+        by_x: Tensor = ops.sparse_linear_input(row_start, column, value, list(transposed), grad, in_features)
+        return by_x
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
         row_start, column, value, grad, *transposed = ctx.saved_tensors
         by_value = by_grad = None
         if ctx.needs_input_grad[2]:
@@ -118,10 +121,11 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, row_start: Tensor, column: Tensor, grad: Tensor, x: Tensor, *transposed: Tensor) -> Tensor:
         ctx.save_for_backward(row_start, column, grad, x, *transposed)
-        return ops.sparse_linear_weight(row_start, column, grad, x)
+        by_value: Tensor = ops.sparse_linear_weight(row_start, column, grad, x)
+        return by_value
 
     @staticmethod
-    def backward(ctx: Any, value: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, value: Tensor) -> tuple[Tensor | None, ...]:
         row_start, column, grad, x, *transposed = ctx.saved_tensors
         by_grad = by_x = None
         if ctx.needs_input_grad[2]:
@@ -145,7 +149,7 @@ def linear(weight: SparseWeight, x: Tensor, bias: Tensor | None = None, *, trans
         TypeError, ValueError, RuntimeError: as the operator ``sparse_linear``.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = _Forward.apply(weight.row_start, weight.column, weight.value, flat, bias, *transposed)
+    y: Tensor = _Forward.apply(weight.row_start, weight.column, weight.value, flat, bias, *transposed)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -220,7 +224,7 @@ class SparseLinear(nn.Module):
         if x.dtype != self.value.dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.value.dtype)
         flat = x.reshape(-1, x.shape[-1])
-        y = _Forward.apply(self.row_start, self.column, self.value, flat, self.bias, *self._transposed())
+        y: Tensor = _Forward.apply(self.row_start, self.column, self.value, flat, self.bias, *self._transposed())
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -250,13 +254,13 @@ class SparseLinear(nn.Module):
             return ()
         return self.t_row_start, self.t_column, self.t_order
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> SparseLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
         if self._needs_transposed() != (self.t_row_start is not None):
             self._transpose()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         value, column = state_dict.get(prefix + "value"), state_dict.get(prefix + "column")
         if value is not None and column is not None and value.shape == column.shape != self.column.shape:
             self.value = nn.Parameter(self.value.new_empty(value.shape), self.value.requires_grad)

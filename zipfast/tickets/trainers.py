@@ -168,7 +168,7 @@ class MlpTrainer:
         return row_start, column, unpack(mask, (weight.numel(),)).nonzero().view(-1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0].reshape(len(args[0]), -1)
+        x: Tensor = args[0].reshape(len(args[0]), -1)
         half = len(self.parameters) // 2
         for i, layout in enumerate(self.layout):
             weight, bias = self.parameters[i], self.parameters[half + i]
