@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | lottery | test | check | bench | gpu.  Each is the one command needed on a fresh machine: an environment is
+# make demo | lottery | test | check | bench | gpu | dist.  Each is the one command needed on a fresh machine: an environment is
 # made in .venv when none is active, and torch is installed only where there is none.
 BASE_PYTHON ?= python3
 ifneq ($(strip $(VIRTUAL_ENV)),)
@@ -13,13 +13,14 @@ PYTHON := $(ENV)/bin/python
 RESULTS ?= benches/results
 PYTEST_ARGS ?=
 
-.PHONY: help demo lottery test slow check bench gpu gpu-dry native clean
+.PHONY: help demo lottery test slow check bench gpu gpu-dry dist native clean
 help:
 	@echo "make demo   train two small networks, merge them, show the result (about a minute)"
 	@echo "make lottery  find lottery tickets on handwritten digits, draw the LeNet figures into lottery-out (minutes)"
 	@echo "make test   the test suite on every backend this machine has (no GPU or CUDA toolkit needed)"
 	@echo "make slow   the tests that take minutes"
 	@echo "make check  CUDA compiled and audited, sanitizers, race check, linters (needs nvcc)"
+	@echo "make dist   source archive and wheel, each tested in a clean environment; TORCH='2.13.0 2.10.0' for more versions"
 	@echo "make bench  speed against the peers, into benches/results and docs/benchmarks.md"
 	@echo "make gpu    everything that needs an NVIDIA GPU; no network needed; ONLY='tests bench:moments' for parts"
 	@echo "make gpu-dry  the same steps without a GPU, small, on the emulator and the CPU: measures nothing"
@@ -52,6 +53,10 @@ slow: native
 
 check: native $(ENV)/.zipfast-check
 	$(PYTHON) tests/check/check.py
+
+TORCH ?=
+dist: $(ENV)/.zipfast-dist
+	$(PYTHON) tests/check/dist.py $(TORCH:%=--torch %)
 
 bench: native
 	PYTHONPATH=. RESULTS=$(RESULTS) $(PYTHON) -m pytest -q benches

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -69,6 +69,32 @@ class Groups:
 def in_model_budget(merges: int, models: int, beta: float, compat: bool = False) -> int:
     """In-model merges that each model may take part in: ⌊β·K/M⌋; compat: the reference's int(K // M · β + 1e-4)."""
     return int((merges // models) * beta + 1e-4) if compat else math.floor(beta * merges / models + 1e-9)
+
+
+@overload
+def match(
+    similarity: Tensor,
+    models: int = 2,
+    *,
+    keep: int | Sequence[int] | None = None,
+    alpha: float = 1.0,
+    beta: float | Sequence[float] = 1.0,
+    compat: bool = False,
+    names: Sequence[str] | None = None,
+) -> Groups: ...
+
+
+@overload
+def match(
+    similarity: Sequence[Tensor],
+    models: int = 2,
+    *,
+    keep: int | Sequence[int] | None = None,
+    alpha: float = 1.0,
+    beta: float | Sequence[float] = 1.0,
+    compat: bool = False,
+    names: Sequence[str] | None = None,
+) -> list[Groups]: ...
 
 
 def match(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -132,6 +132,34 @@ class Basis:
             return torch.nn.functional.one_hot(y, outputs).double(), count.double()  # N <= D: small
         start = torch.cat([count.new_zeros(1), count.cumsum(0)])
         return regroup([x.double()], y.argsort(stable=True), start, None, 0).T, count.double()
+
+
+@overload
+def logme(
+    features: Array,
+    labels: Array,
+    *,
+    task: Task = "classification",
+    mode: ev.Mode = "exact",
+    ignore_index: int | None = None,
+    empty: str = "skip",
+    precision: str = "float64",
+    return_details: Literal[False] = False,
+) -> float: ...
+
+
+@overload
+def logme(
+    features: Array,
+    labels: Array,
+    *,
+    task: Task = "classification",
+    mode: ev.Mode = "exact",
+    ignore_index: int | None = None,
+    empty: str = "skip",
+    precision: str = "float64",
+    return_details: Literal[True],
+) -> ev.Evidence: ...
 
 
 def logme(
