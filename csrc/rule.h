@@ -55,6 +55,20 @@ ZF_HD inline bool same_constant(double a, double b) {
   return fabs(a - b) <= kRelativeFloor * (x < y ? y : x);
 }
 
+// Which of the entries of a launch a block works for: the last whose first block, the field kFirst, is at or before it.
+template <auto kFirst, class Entry>
+ZF_HD inline int entry_of(const Entry* entry, int count, int64_t block) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (entry[middle].*kFirst <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
 // Tiles of the upper triangle of a matrix `side` tiles wide, in an order that needs no root: a row and the one as far
 // from the other end have side + 1 tiles together.
 ZF_HD inline int64_t triangle_tiles(int64_t side) { return side * (side + 1) / 2; }

@@ -59,15 +59,7 @@ __global__ void __launch_bounds__(kCorrelateThreads, 3)
 
   scalar_t* turned = unit[0].value;
 
-  int low = 0, high = job.spaces - 1;  // the last space whose first block is at or before this one
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (job.space[middle].block <= int(blockIdx.x))
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  const CorrelateSpace& s = job.space[low];
+  const CorrelateSpace& s = job.space[rule::entry_of<&CorrelateSpace::block>(job.space, job.spaces, blockIdx.x)];
   const int n = s.n, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   int tile_row, tile_column;
   rule::triangle_tile((n + kTile - 1) / kTile, int(blockIdx.x) - s.block, &tile_row, &tile_column);

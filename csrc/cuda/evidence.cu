@@ -24,17 +24,8 @@ namespace {
 using rule::EvidenceLane;
 using rule::EvidenceSums;
 
-// Which problem of the job a block works on: the last whose first block is at or before it.
 __device__ inline const EvidenceProblem& evidence_problem(const EvidenceJob& job) {
-  int low = 0, high = job.problems - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (job.problem[middle].block <= int(blockIdx.x))
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return job.problem[low];
+  return job.problem[rule::entry_of<&EvidenceProblem::block>(job.problem, job.problems, blockIdx.x)];
 }
 
 __device__ inline double not_negative(double x) { return x <= 0 ? 0 : x; }  // NaN stays

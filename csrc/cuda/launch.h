@@ -10,6 +10,7 @@
 #include <cuda_runtime_api.h>
 #endif
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/moments_packed.h"
 #include "dtype.h"
@@ -50,14 +51,8 @@ struct SoupPlace {
 };
 template <class List>
 ZF_HD inline SoupPlace soup_place(const List& list, long long block) {
-  int low = 0, high = list.tensors - 1;  // the last tensor whose first block is at or before this one
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (list.tensor[middle].first <= block)
-      low = middle;
-    else
-      high = middle - 1;
-  }
+  using Entry = std::decay_t<decltype(*list.tensor)>;
+  const int low = rule::entry_of<&Entry::first>(list.tensor, list.tensors, block);
   const long long begin = (block - list.tensor[low].first) * kSoupPiece, size = list.tensor[low].size;
   return {low, begin, begin + kSoupPiece < size ? begin + kSoupPiece : size};
 }
@@ -246,19 +241,6 @@ ZF_HD constexpr int64_t moments_partial(MomentsPath path) {
 }
 constexpr int kMomentsReduceWidth = 32, kMomentsReduce = (kMomentsTile * kMomentsTile + kMomentsTile) / 32;
 
-// Tile t of the upper triangle, row by row, of `side` x `side` tiles.
-ZF_HD inline void moments_tile_of(int t, int side, int* row, int* col) {
-  int r = 0;
-  while (t >= side - r) t -= side - r++;
-  *row = r;
-  *col = r + t;
-}
-// The space that a block of the products belongs to.
-ZF_HD inline int moments_space_of(const MomentsJob& job, int block) {
-  int s = 0;
-  while (s + 1 < job.spaces && job.space[s + 1].block <= block) ++s;
-  return s;
-}
 cudaError_t moments(DType dtype, MomentsPath path, const MomentsJob& job, cudaStream_t stream);
 cudaError_t moments_packed(DType dtype, const PackedJob& job, cudaStream_t stream);
 

@@ -124,7 +124,7 @@ void moments_cuda(const std::vector<Tensor>& comoment, const std::vector<Tensor>
       packed.add(t, own, job.x + s.pointer);
       continue;
     }
-    const int64_t tiles = side * (side + 1) / 2;
+    const int64_t tiles = rule::triangle_tiles(side);
     s.tiles = int(tiles);
     s.splits = cuda::moments_splits(taken, tiles, s.outer * s.inner);
     s.block = job.blocks;

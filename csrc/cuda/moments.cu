@@ -47,13 +47,13 @@ __device__ inline void load_slab(const MomentsJob& job, const MomentsSpace& s, i
 }
 
 template <class scalar_t, class acc_t>
-__global__ void __launch_bounds__(kThreads) moments_tile_kernel(const MomentsJob job) {
+__global__ void __launch_bounds__(kThreads) moments_tile_kernel(const __grid_constant__ MomentsJob job) {
   __shared__ acc_t a[kStep][kTile + 1], b[kStep][kTile + 1];
-  const MomentsSpace& s = job.space[moments_space_of(job, blockIdx.x)];
+  const MomentsSpace& s = job.space[rule::entry_of<&MomentsSpace::block>(job.space, job.spaces, blockIdx.x)];
   const int64_t features = job.models * s.size, samples = s.outer * s.inner;
   const int local = blockIdx.x - s.block, split = local % s.splits, tile = local / s.splits;
   int tile_row, tile_col;
-  moments_tile_of(tile, int(moments_side(features)), &tile_row, &tile_col);
+  rule::triangle_tile(int(moments_side(features)), tile, &tile_row, &tile_col);
   const bool diagonal = tile_row == tile_col;
   const int64_t row0 = int64_t(tile_row) * kTile, col0 = int64_t(tile_col) * kTile;
   const int64_t begin = samples * split / s.splits, end = samples * (split + 1) / s.splits;
@@ -110,14 +110,13 @@ __global__ void __launch_bounds__(kThreads)
     moments_reduce_kernel(const __grid_constant__ MomentsJob job, int64_t stride) {
   constexpr int kWidth = kMomentsReduceWidth, kGroups = kThreads / kWidth;
   __shared__ double sums[kGroups][kWidth];
-  int at = 0;  // the last space whose first block is at or before this one has blocks
-  while (at + 1 < job.spaces && job.space[at + 1].reduce <= int(blockIdx.x)) ++at;
-  const MomentsSpace& s = job.space[at];
+  // A space without parts has no blocks: the one after it begins where it does, and is the last of the two.
+  const MomentsSpace& s = job.space[rule::entry_of<&MomentsSpace::reduce>(job.space, job.spaces, blockIdx.x)];
   const int local = blockIdx.x - s.reduce, tile = local / kMomentsReduce, lane = threadIdx.x % kWidth;
   const int entry = local % kMomentsReduce * kWidth + lane, group = threadIdx.x / kWidth;
   const int64_t features = job.models * s.size;
   int tile_row, tile_col;
-  moments_tile_of(tile, int(moments_side(features)), &tile_row, &tile_col);
+  rule::triangle_tile(int(moments_side(features)), tile, &tile_row, &tile_col);
   const bool product = entry >= kTile;  // else the sum of a feature
   const int e = product ? entry - kTile : entry;
   const int64_t row = int64_t(tile_row) * kTile + (product ? e / kTile : e),

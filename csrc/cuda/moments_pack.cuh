@@ -21,13 +21,6 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
-template <int PackedSpace::* kFirst>
-__device__ inline int space_of(const PackedJob& job, int block) {
-  int s = 0;
-  while (s + 1 < job.spaces && job.space[s + 1].*kFirst <= block) ++s;
-  return s;
-}
-
 // First byte of block k of 64 samples of all high (half 0) or low operands.
 __device__ inline int64_t image_of(const PackedSpace& s, int half, int64_t k) {
   return s.image + (half * int64_t(s.groups) * kBlocksK + k) * s.plan.padded * (kBlockK * 2);
@@ -230,7 +223,7 @@ __device__ inline bool is_plain(const PackedJob& job, int space) {
 
 template <class scalar_t>
 __global__ void __launch_bounds__(kThreads, 2) moments_pack_kernel(const __grid_constant__ PackedJob job) {
-  const int space = space_of<&PackedSpace::pack>(job, blockIdx.x);
+  const int space = rule::entry_of<&PackedSpace::pack>(job.space, job.spaces, blockIdx.x);
   const PackedSpace& s = job.space[space];
   const int pieces = int(s.plan.padded / kRows), local = int(blockIdx.x) - s.pack, group = local / pieces;
   const bool plain = is_plain<scalar_t>(job, space);

@@ -46,7 +46,7 @@ struct Item {
 
 __device__ inline Item item_of(const PackedJob& job, int index, int rank) {
   Item item{};
-  item.space = space_of<&PackedSpace::item>(job, index);
+  item.space = rule::entry_of<&PackedSpace::item>(job.space, job.spaces, index);
   const PackedSpace& s = job.space[item.space];
   const PackedPlan& p = s.plan;
   int pair = index - s.item, split = 0;
@@ -300,7 +300,7 @@ __global__ void ZF_CLUSTER(2) __launch_bounds__(kMultiply, 1)
 
 // A block adds the parts of an eighth of a tile's columns, two by two, or those of 32 features' sums.
 __global__ void __launch_bounds__(kThreads) moments_parts_kernel(const __grid_constant__ PackedJob job) {
-  const PackedSpace& s = job.space[space_of<&PackedSpace::sum>(job, blockIdx.x)];
+  const PackedSpace& s = job.space[rule::entry_of<&PackedSpace::sum>(job.space, job.spaces, blockIdx.x)];
   const int64_t features = job.models * s.size;
   const int thread = threadIdx.x, rest = s.plan.splits > 1 ? s.plan.rest() : 0;
   int local = int(blockIdx.x) - s.sum;

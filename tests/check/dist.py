@@ -151,6 +151,7 @@ def try_out(name: str, artifact: Path, torch: str, tests: list[str]) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(description="Build the files of a release and test each in a clean environment.")
     here = version("torch").split("+")[0]
     parser.add_argument("--torch", action="append", help=f"versions to test under, the first is built against ({here})")
