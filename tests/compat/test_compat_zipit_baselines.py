@@ -174,7 +174,7 @@ def test_messages(name):
 
 def test_optimal_is_for_two_models():
     pytest.importorskip("networkx")
-    with pytest.raises(ValueError, match="match_tensors_optimal: 'r' must be 0.5, .* use match_tensors_zipit"):
+    with pytest.raises(ValueError, match=r"match_tensors_optimal: 'r' must be 0.5, .* use match_tensors_zipit"):
         zipit.match_tensors_optimal({"cossim": torch.eye(6)}, 2 / 3)
 
 

@@ -9,6 +9,7 @@ Nothing here depends on a random generator: whole numbers, and one rounding wher
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import warnings
@@ -101,6 +102,15 @@ def through(kind: type, shares: bool, data: list) -> torch.Tensor:
     return found.finalize() if shares else found.finalize(images)
 
 
+def signature(call: object) -> list[list[str]]:
+    """[name, kind, default] of each parameter."""
+    found = inspect.signature(call).parameters.values()
+    return [[p.name, p.kind.name, "" if p.default is p.empty else repr(p.default)] for p in found]
+
+
+MATCHINGS = [f"match_tensors_{name}" for name in ("zipit", "permute", "identity", "optimal", "kmeans")]
+
+
 def record_zipit(matching: object, metrics: object) -> dict:
     out: dict = {"source": "github.com/gstoica27/ZipIt at 1b6ca40", "zipit": [], "permute": [], "optimal": []}
     for kind, models, size, seed, a, b in matching_cases():
@@ -118,6 +128,7 @@ def record_zipit(matching: object, metrics: object) -> dict:
         shares = name in ("CorrelationMetric", "CossimMetric")
         found = through(getattr(metrics, name), shares, batches("plain", 3, 77))
         out[name] = found.double().tolist()
+    out["signatures"] = {n: signature(getattr(matching, n)) for n in ("compute_correlation", *MATCHINGS)}
     out["whole way"] = []
     for seed, kind in enumerate(("plain", "relu", "large mean")):
         found = through(metrics.CovarianceMetric, False, batches(kind, 24, 100 * seed))
@@ -168,6 +179,8 @@ def record_logme(logme: type, leep: object, nce: object) -> dict:
         out["leep"].append(float(leep(probabilities(samples, source, seed), y)))
     for case in NCE:
         out["nce"].append(float(nce(*label_pairs(*case))))
+    out["signatures"] = {"LEEP": signature(leep), "NCE": signature(nce), "LogME": signature(logme)}
+    out["signatures"] |= {n: signature(getattr(logme, n)) for n in ("fit", "predict", "reset")}
     return out
 
 

@@ -8,6 +8,7 @@ Nothing is imported or run from files; before anything is replaced, both sides c
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,8 @@ def check(tool: Tool, checkout: ModuleType | None = None, names: Sequence[str] |
         ImportError: no such module has been imported.
         ValueError: an unknown name, several checkouts, one that zipfast serves already, or a result that differs.
     """
-    return _compare(tool, _Checkout(tool, checkout), _chosen(tool, names))
+    chosen = _chosen(tool, names)
+    return _compare(tool, _Checkout(tool, checkout), chosen)
 
 
 def install(
@@ -84,7 +86,8 @@ def install(
     also: Sequence[ModuleType] = (),
 ) -> Installed:
     """Replace the names in an imported checkout, after `check`; see there for the errors."""
-    found, chosen = _Checkout(tool, checkout), _chosen(tool, names)
+    chosen = _chosen(tool, names)
+    found = _Checkout(tool, checkout)
     difference = _compare(tool, found, chosen)
     pairs = [(vars(m)[n.name], n.ours) for n in chosen for m in found.files(n.file) if n.name in vars(m)]
     ours = {id(mine): theirs for theirs, mine in pairs}
@@ -95,7 +98,9 @@ def install(
     inside = found.modules(also)
     others = [m for m in list(sys.modules.values()) if isinstance(m, ModuleType) and m not in inside]
     originals = {id(theirs) for theirs, _ in pairs}
-    elsewhere = [f"{m.__name__}.{k}" for m in others for k, v in list(vars(m).items()) if id(v) in originals]
+    elsewhere = [
+        f"{vars(m).get('__name__')}.{k}" for m in others for k, v in list(vars(m).items()) if id(v) in originals
+    ]
 
     def undo() -> None:
         for place in done:
@@ -144,11 +149,14 @@ class _Checkout:
 
     def modules(self, also: Sequence[ModuleType] = ()) -> list[ModuleType]:
         """All of the folder, as imported now; zipfast's own never, wherever they are installed."""
-        found = [m for m, p in _modules() if self.folder in p.parents]
+        found = [m for m, p in _modules() if p.is_relative_to(self.folder)]
         return list(dict.fromkeys([*found, *([] if self.named is None else [self.named]), *also]))
 
     def files(self, stem: str) -> list[ModuleType]:
-        return [m for m in self.modules() if _path(m) == self.folder / f"{stem}.py"]
+        """The modules of one file: it may have been imported under several names."""
+        found = [m for m, p in _modules() if p.stem == stem and p.parent == self.folder]
+        own = self.named is not None and _path(self.named) == self.folder / f"{stem}.py" and self.named not in found
+        return [*found, self.named] if own and self.named is not None else found
 
 
 def _chosen(tool: Tool, names: Sequence[str] | None) -> list[Name]:
@@ -260,10 +268,15 @@ def _mapped(value: Any, new: dict[int, Any]) -> Any:
 def _modules() -> list[tuple[ModuleType, Path]]:
     """The imported modules that have a file, apart from zipfast's own."""
     found = dict.fromkeys(m for m in list(sys.modules.values()) if isinstance(m, ModuleType))
-    pairs = ((m, _path(m)) for m in found if m.__name__.partition(".")[0] != OWN)
+    pairs = ((m, _path(m)) for m in found if str(vars(m).get("__name__")).partition(".")[0] != OWN)
     return [(m, p) for m, p in pairs if p is not None]
 
 
 def _path(module: ModuleType) -> Path | None:
     file = vars(module).get("__file__")
-    return Path(file).resolve() if isinstance(file, str) else None
+    return _resolved(file) if isinstance(file, str) else None
+
+
+@functools.lru_cache(maxsize=65536)  # thousands of modules, looked through several times
+def _resolved(file: str) -> Path:
+    return Path(file).resolve()

@@ -8,13 +8,13 @@ into imported modules of that code.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..ranking.logme import LogME
 from ..ranking.metrics import leep, nce
@@ -45,8 +45,12 @@ def LEEP(pseudo_source_label: Array, target_label: Array) -> np.float64:
 
     Reference: Nguyen et al. 2020 (arXiv 2002.12462), §3.
     """
-    probabilities = as_features("LEEP", pseudo_source_label)
-    return np.float64(leep(probabilities, _labels("LEEP", target_label, probabilities.shape[0])))
+    with _named("LEEP", "pseudo_source_label"):
+        probabilities = as_features("LEEP", pseudo_source_label)
+    with _named("LEEP", "target_label"):
+        labels = as_classes("LEEP", target_label, probabilities.shape[0])
+    with _named("LEEP", "pseudo_source_label"):
+        return np.float64(leep(probabilities, labels))
 
 
 def NCE(source_label: Array, target_label: Array) -> np.float64:
@@ -71,9 +75,12 @@ def NCE(source_label: Array, target_label: Array) -> np.float64:
 
     Reference: Tran et al. 2019 (arXiv 1908.08142).
     """
-    source = _labels("NCE", source_label, None, "source_label")
-    target = _labels("NCE", target_label, source.shape[0])
-    return np.float64(nce(source, target))
+    with _named("NCE", "source_label"):
+        source = as_classes("NCE", source_label)
+    with _named("NCE", "target_label"):
+        target = as_classes("NCE", target_label, source.shape[0])
+    with _named("NCE", "source_label"):
+        return np.float64(nce(source, target))
 
 
 def install(
@@ -102,11 +109,16 @@ def check(checkout: ModuleType | None = None, *, names: Sequence[str] | None = N
     return _patch.check(TOOL, checkout, names)
 
 
-def _labels(op: str, value: Array, samples: int | None, name: str = "target_label") -> Tensor:
+@contextlib.contextmanager
+def _named(op: str, argument: str) -> Iterator[None]:
+    """Errors of the functions below name the argument as the caller knows it."""
     try:
-        return as_classes(op, value, samples)
-    except (TypeError, ValueError) as e:  # which of the two arguments
-        raise type(e)(str(e).replace("'labels'", f"'{name}'", 1)) from None
+        yield
+    except (TypeError, ValueError) as e:
+        told = str(e).partition(": ")[2]
+        for inside in ("features", "probabilities", "source_labels", "labels"):
+            told = told.replace(f"'{inside}'", f"'{argument}'")
+        raise type(e)(f"{op}: {told}") from None
 
 
 def _problem(samples: int, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -74,7 +74,8 @@ def _numbers(rows: int, columns: int, seed: int) -> Tensor:
 
 def _covariance(features: int, seed: int) -> Tensor:
     x = _numbers(features, 3 * features, seed)
-    x = x + 0.7 * x.roll(features // 2, 0)
+    x = x + 0.6 * x.roll(1, 0) + 0.4 * x.roll(features // 2, 0)  # so that merges are within the models and across
+    x[-1] *= 1e-4  # so that eps in the correlation counts
     covariance = x @ x.T / x.shape[1]
     if seed % 2:
         covariance[1], covariance[:, 1] = 0, 0  # a dead feature
