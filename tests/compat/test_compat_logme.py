@@ -185,7 +185,9 @@ def test_install(checkout):
 
 def test_install_refuses_a_changed_fork(checkout, monkeypatch):
     theirs = sys.modules["NCE"].NCE
-    monkeypatch.setattr(sys.modules["NCE"], "NCE", lambda z, y: theirs(z, y) + 1e-6)
+    monkeypatch.setattr(
+        sys.modules["NCE"], "NCE", lambda source_label, target_label: theirs(source_label, target_label) + 1e-6
+    )
     with pytest.raises(ValueError, match=r"NCE.NCE in .* must compute what .*, got a difference of 1.0e-06 on a small"):
         logme.install()
     assert checkout.LogME is not logme.LogME

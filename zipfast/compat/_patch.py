@@ -9,6 +9,7 @@ Nothing is imported or run from files; before anything is replaced, both sides c
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Name:
     """One public name: the file that defines it, ours, and how far two candidates are apart on small problems.
 
     ``distance(theirs, ours)`` is the largest difference, relative to the size of the values; at most `within` passes.
+    ``unnamed`` are parameters of theirs that ours takes without naming them.
     """
 
     file: str
@@ -31,6 +33,7 @@ class Name:
     ours: Any
     distance: Callable[[Any, Any], float]
     within: float = 0.0
+    unnamed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,20 +184,34 @@ def _compare(tool: Tool, found: _Checkout, chosen: list[Name]) -> dict[str, floa
                 )
             refusal = (
                 f"{tool.op}: {name.file}.{name.name} in {found.folder} must compute what {tool.source} computes, got "
-                "{} on a small problem; leave it out with names=..."
+                "{}; leave it out with names=..."
             )
+            more = _parameters(theirs) - _parameters(name.ours) - {*name.unnamed}
+            if more:  # an option that ours would refuse, or swallow
+                raise ValueError(refusal.format(f"the parameter {min(more)}, which zipfast's has not"))
             try:
                 apart = name.distance(theirs, name.ours)
             except Exception as e:  # whatever a changed fork raises, it is not the code that ours replaces
-                raise ValueError(refusal.format(f"{type(e).__name__} ({e})")) from e
+                raise ValueError(refusal.format(f"{type(e).__name__} ({e}) on a small problem")) from e
             if not apart <= name.within:
-                raise ValueError(refusal.format(f"a difference of {apart:.1e}"))
+                raise ValueError(refusal.format(f"a difference of {apart:.1e} on a small problem"))
             difference[name.name] = max(apart, difference.get(name.name, 0.0))
     if not difference:
         raise ValueError(
             f"{tool.op}: the checkout in {found.folder} must have one of the names, got none; see names=..."
         )
     return difference
+
+
+def _parameters(call: Any) -> set[str]:
+    """Names of the parameters; of a class, of its constructor and, with the method's name before them, its methods."""
+    if not isinstance(call, type):
+        return set(inspect.signature(call).parameters)
+    found = {f"__init__({p})" for p in inspect.signature(call).parameters}
+    for name, method in inspect.getmembers(call, inspect.isfunction):
+        if not name.startswith("_"):
+            found |= {f"{name}()", *(f"{name}({p})" for p in inspect.signature(method).parameters)}
+    return found
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,8 @@ _PAIRS: list[tuple[int, int]] = [(2, 8), (2, 9), (2, 16)]
 _GREEDY = _matching(_PAIRS, [{}, {"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.5, "add_bias": True}, {"a": 0.0, "b": 1.0}])
 _SEVERAL = _matching([*_PAIRS, (3, 6)], [{}, {"add_bias": True}])
 
+_SHARE = ("update(dx)",)  # ours is told by what comes first among the features
+
 TOOL = _patch.Tool(
     op="zipit.install",
     source="github.com/gstoica27/ZipIt at 1b6ca40",
@@ -164,7 +166,9 @@ TOOL = _patch.Tool(
         _patch.Name("metric_calculators", "compute_correlation", _common.compute_correlation, _correlation),
         _patch.Name("metric_calculators", "CovarianceMetric", metrics.CovarianceMetric, _metric(False), ROUNDING),
         _patch.Name("metric_calculators", "MeanMetric", metrics.MeanMetric, _metric(False), ROUNDING),
-        _patch.Name("metric_calculators", "CorrelationMetric", metrics.CorrelationMetric, _metric(True), ROUNDING),
-        _patch.Name("metric_calculators", "CossimMetric", metrics.CossimMetric, _metric(True), ROUNDING),
+        _patch.Name(
+            "metric_calculators", "CorrelationMetric", metrics.CorrelationMetric, _metric(True), ROUNDING, _SHARE
+        ),
+        _patch.Name("metric_calculators", "CossimMetric", metrics.CossimMetric, _metric(True), ROUNDING, _SHARE),
     ],
 )
