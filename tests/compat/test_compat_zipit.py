@@ -6,15 +6,10 @@ Set ZIPFAST_ZIPIT to a checkout of github.com/gstoica27/ZipIt to compare with th
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
-import types
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from checkouts import imported
 
 from zipfast.compat.zipit import compute_correlation, match_tensors_zipit
 
@@ -155,6 +150,14 @@ def test_defaults():
     assert torch.equal(match_tensors_zipit(metric, correlation_matrix=None, debug=1)[1], match_tensors_zipit(metric)[1])
 
 
+def test_similarities_under_another_name():
+    """A correlation is taken as it is; the covariance comes first where there are several, as in the public code."""
+    sims = compute_correlation(covariance())
+    wanted = match_tensors_zipit({"covariance": covariance()})
+    for metric in ({"correlation": sims}, {"cossim": sims}, {"correlation": -sims, "covariance": covariance()}):
+        assert all(torch.equal(x, y) for x, y in zip(match_tensors_zipit(metric), wanted))
+
+
 def test_rows_sum_to_k_over_k_plus_eps():
     merge, unmerge = match_tensors_zipit({"covariance": covariance()}, a=1.0, b=1.0)
     count = unmerge.sum(0)
@@ -236,9 +239,12 @@ def test_negative_variance_gives_nan():
 
 
 def test_messages():
-    with pytest.raises(ValueError, match=r"must hold 'covariance' or 'cossim', got \['correlation'\]"):
-        match_tensors_zipit({"correlation": covariance()})
-    for key in ("covariance", "cossim"):
+    with pytest.raises(ValueError, match=r"must hold 'covariance', 'cossim' or 'correlation', got \['mean'\]"):
+        match_tensors_zipit({"mean": covariance()})
+    for r in (1.0, -0.5):
+        with pytest.raises(ValueError, match=rf"match_tensors_zipit: 'r' must be in \[0, 1\), got {r}"):
+            match_tensors_zipit({"cossim": torch.eye(4)}, r)
+    for key in ("covariance", "cossim", "correlation"):
         with pytest.raises(ValueError, match=rf"'metric\[{key}\]' must be square \[F, F\], got \[3, 4\]"):
             match_tensors_zipit({key: torch.zeros(3, 4)})
     with pytest.raises(ValueError, match="5 features must divide among 2 models"):
@@ -256,31 +262,8 @@ def test_deadlock_says_what_the_reference_would_do():
 
 @pytest.fixture(scope="module")
 def public():
-    folder = os.environ.get("ZIPFAST_ZIPIT")
-    if not folder:
-        pytest.skip("set ZIPFAST_ZIPIT to a checkout of the public ZipIt code to compare with it")
-    stubs = {}
-    for name, members in (
-        ("networkx", ()),
-        ("sklearn", ()),
-        ("sklearn.cluster", ("AgglomerativeClustering", "KMeans")),
-        ("scipy", ()),
-    ):
-        try:
-            __import__(name)
-        except ImportError:
-            stubs[name] = types.ModuleType(name)
-            for member in members:
-                setattr(stubs[name], member, None)
-    sys.modules.update(stubs)
-    try:
-        spec = importlib.util.spec_from_file_location("zipit_matching", Path(folder) / "matching_functions.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        for name in stubs:
-            del sys.modules[name]
-    return module
+    with imported("ZIPFAST_ZIPIT", ["matching_functions"]) as modules:
+        yield modules["matching_functions"]
 
 
 def test_equals_the_public_code(public, record_property):

@@ -290,7 +290,7 @@ class LogME:
         Raises:
             RuntimeError: not fitted. ValueError: another number of features.
         """
-        if not self.fitted:
+        if not self.fitted or len(self.ms) == 0:  # reset() leaves `fitted` alone, as in the public code
             raise RuntimeError("not fitted, please call fit first")
         x = as_features("LogME", f).double()
         means = torch.as_tensor(self.ms, device=x.device)

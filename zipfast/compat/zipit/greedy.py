@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-in for the matching of the public ZipIt! code (github.com/gstoica27/ZipIt at 1b6ca40), same names and results.
+"""ZipIt!'s greedy matching under the public code's rules, ties included.
 
 Where it differs, on purpose: inputs are not changed; NaN is refused instead of merged first; a matching in which no pair
 is left raises instead of zeroing features; the merge value is the mean similarity of the merges.
@@ -14,15 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..merging.match import in_model_budget
-from ..ops import zip_match
-from ..ops.zip_match import DEADLOCK
+from ...merging.match import in_model_budget
+from ...ops import zip_match
+from ...ops.zip_match import DEADLOCK
+from ._common import matrices, models_of, refuse_nan, similarity
 
-
-def compute_correlation(covariance: Tensor, eps: float = 1e-7) -> Tensor:
-    """Covariance [F, F] over max(σσᵀ, eps), as the reference forms it; a dead feature is a row of zeros."""
-    std = torch.diagonal(covariance).sqrt()
-    return covariance / torch.clamp(torch.outer(std, std), min=eps)
+NAME = "match_tensors_zipit"
 
 
 def match_tensors_zipit(
@@ -38,7 +35,7 @@ def match_tensors_zipit(
     """The reference's greedy matching, bit for bit wherever it is well defined, ties included.
 
     Args:
-        metric: ``{"covariance": [F, F]}`` or ``{"cossim": [F, F]}``; not changed.
+        metric: ``{"covariance": [F, F]}``, or similarities under ``"cossim"`` or ``"correlation"``; not changed.
         r: part of the F features to merge away; F·(1 - r) remain, and 1/(1 - r) is the number of models.
         a, b: α and β of Stoica et al. 2024, §4.3.
         print_merges: print how many groups are within A, within B and across (two models).
@@ -54,16 +51,12 @@ def match_tensors_zipit(
 
     Cost: as :func:`zipfast.ops.zip_match` for a > 0 and a symmetric matrix; else O(K·F²) on the CPU.
     """
-    sims = _similarity(metric)
+    sims = similarity(NAME, metric)
     features = sims.shape[0]
-    keep, models = int(features * (1 - r) + 1e-4), int(1 / (1 - r) + 0.5)
-    if features % models:
-        raise ValueError(f"match_tensors_zipit: {features} features must divide among {models} models (r = {r})")
+    models, keep = models_of(NAME, features, r), int(features * (1 - r) + 1e-4)
     budget = in_model_budget(features - keep, models, b, compat=True)
+    refuse_nan(NAME, sims)
     off_diagonal = sims.clone().fill_diagonal_(0)
-    if bool(off_diagonal.isnan().any()):
-        i, j = divmod(int(off_diagonal.isnan().reshape(-1).to(torch.uint8).argmax()), features)
-        raise ValueError(f"match_tensors_zipit: 'metric' must not give NaN, got one at [{i}, {j}]")
     if 0 < a <= 1 and torch.equal(off_diagonal, off_diagonal.T):
         index, _, value, status = zip_match([sims], models, [keep], [budget], float(a), True)
         stuck = int(status[0, DEADLOCK])
@@ -75,35 +68,14 @@ def match_tensors_zipit(
             "feature 0 with itself and zero the rest; use zipfast.match, or a larger b"
         )
 
-    unmerge = torch.nn.functional.one_hot(index, keep).to(torch.float32)
-    if add_bias:
-        unmerge = torch.cat([_with_bias(block) for block in unmerge.chunk(models)])
-        plain = torch.nn.functional.one_hot(index, keep).to(torch.float32)
-    else:
-        plain = unmerge
-    merge = plain / (plain.sum(dim=0, keepdim=True) + 1e-5)
+    plain = torch.nn.functional.one_hot(index, keep).to(torch.float32)
+    merge, unmerge = matrices(plain, models, add_bias)
     if print_merges and models == 2:
         in_a, in_b = plain[: features // 2].sum(0), plain[features // 2 :].sum(0)
         only_a, only_b = int((in_b == 0).sum()), int((in_a == 0).sum())
         print(f"within A: {only_a} | within B: {only_b} | across: {keep - only_a - only_b}")
-    result = (merge.T.to(sims.device), unmerge.to(sims.device))
+    result = (merge.to(sims.device), unmerge.to(sims.device))
     return (*result, value.mean()) if get_merge_value else result
-
-
-def _similarity(metric: Mapping[str, Tensor]) -> Tensor:
-    for key in ("covariance", "cossim"):
-        if key in metric:
-            given = metric[key]
-            if given.dim() != 2 or given.shape[0] != given.shape[1]:
-                raise ValueError(f"match_tensors_zipit: 'metric[{key}]' must be square [F, F], got {list(given.shape)}")
-            return compute_correlation(given) if key == "covariance" else given
-    raise ValueError(f"match_tensors_zipit: 'metric' must hold 'covariance' or 'cossim', got {list(metric)}")
-
-
-def _with_bias(block: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(block, (0, 1, 0, 1))
-    padded[-1, -1] = 1
-    return padded
 
 
 def _match_general(sims: Tensor, models: int, keep: int, budget: int, alpha: float) -> tuple[Tensor, Tensor, int]:
