@@ -50,7 +50,8 @@ def LEEP(pseudo_source_label: Array, target_label: Array) -> np.float64:
     with _named("LEEP", "target_label"):
         labels = as_classes("LEEP", target_label, probabilities.shape[0])
     with _named("LEEP", "pseudo_source_label"):
-        return np.float64(leep(probabilities, labels))
+        result: np.float64 = np.float64(leep(probabilities, labels))
+        return result
 
 
 def NCE(source_label: Array, target_label: Array) -> np.float64:
@@ -80,7 +81,8 @@ def NCE(source_label: Array, target_label: Array) -> np.float64:
     with _named("NCE", "target_label"):
         target = as_classes("NCE", target_label, source.shape[0])
     with _named("NCE", "source_label"):
-        return np.float64(nce(source, target))
+        result: np.float64 = np.float64(nce(source, target))
+        return result
 
 
 def install(

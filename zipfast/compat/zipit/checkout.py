@@ -128,7 +128,8 @@ def _metric(shares: bool) -> Callable[[Any, Any], float]:
         for seed, size in enumerate(sizes):
             feats = [_numbers(5, 9 * size, 7 * seed + m) + 0.5 for m in range(2)]
             metric.update(size, *([size / sum(sizes)] if shares else []), *feats)
-        return metric.finalize() if shares else metric.finalize(sum(sizes))
+        result: Tensor = metric.finalize() if shares else metric.finalize(sum(sizes))
+        return result
 
     def distance(theirs: Any, ours: Any) -> float:
         want, got = values(theirs), values(ours)

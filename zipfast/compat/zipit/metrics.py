@@ -78,7 +78,8 @@ class MeanMetric(MetricCalculator):
         self._total = total if self._total is None else self._total + total
 
     def finalize(self, numel: float, eps: float = 1e-4) -> Tensor:
-        return _added("MeanMetric", self._total) / _positive("MeanMetric", "numel", numel)
+        result: Tensor = _added("MeanMetric", self._total) / _positive("MeanMetric", "numel", numel)
+        return result
 
 
 class CorrelationMetric(MetricCalculator):
