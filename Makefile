@@ -12,6 +12,8 @@ endif
 PYTHON := $(ENV)/bin/python
 RESULTS ?= benches/results
 PYTEST_ARGS ?=
+# a process a core, eight at most (each takes a gigabyte); blocks of neighbouring tests, as these share what they train
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help demo lottery test slow check bench gpu gpu-dry dist native clean
 help:
@@ -46,7 +48,7 @@ native: $(ENV)/.zipfast-test
 	@ZIPFAST_EMU=1 $(PYTHON) setup.py -q build_ext --inplace > build/native.log 2>&1 || { cat build/native.log; exit 1; }
 
 test: native
-	$(PYTHON) -m pytest -q -p no:cacheprovider tests zipfast --doctest-modules $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -q -p no:cacheprovider $(PARALLEL) tests zipfast --doctest-modules $(PYTEST_ARGS)
 
 slow: native
 	$(PYTHON) -m pytest -q -m slow tests $(PYTEST_ARGS)

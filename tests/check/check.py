@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kernels
@@ -40,6 +39,8 @@ EVERY_KERNEL = (
     " or (test_evidence and (definition or same_steps))"
     " or (test_moments and (test_sizes or halves or test_features or several_parts or two_calls)))"
 )
+PARALLEL = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")  # as `make test`
+ONE_THREAD = {"ZIPFAST_TEST_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 SPILLS = "-Xptxas=--warn-on-spills,--warning-as-error"
 
 
@@ -85,7 +86,9 @@ def pytest(place: Path, *arguments: str, env: dict[str, str] | None = None) -> N
     used = run(sys.executable, "-c", code, env=settings, cwd=place).splitlines()[-1]
     if not Path(used).is_relative_to(place):
         raise SystemExit(f"the tests would run against {used}, not against {place}")
-    output = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, env=settings, cwd=place)
+    output = run(
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PARALLEL, *arguments, env=settings, cwd=place
+    )
     print("   ", output.strip().splitlines()[-1])
 
 
@@ -179,18 +182,9 @@ def simd() -> None:
 
 def seeds() -> None:
     place = as_built()
-
-    def run_seed(seed: int) -> None:  # beside the other one: with one thread, neither waits for the other's pool
-        env = {
-            "CUDA_EMU_SEED": str(seed),
-            "ZIPFAST_REQUIRE": "emu",
-            "ZIPFAST_TEST_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-        }
+    for seed in (0, 3):  # the suite itself has run seed 1
+        env = {"CUDA_EMU_SEED": str(seed), "ZIPFAST_REQUIRE": "emu", **ONE_THREAD}
         pytest(place, OP_TESTS, "-k", "emu", env=env)
-
-    with ThreadPoolExecutor() as pool:  # the suite itself has run seed 1
-        list(pool.map(run_seed, (0, 3)))
 
 
 def sanitize() -> None:
@@ -215,11 +209,10 @@ def races() -> None:
     env = {
         "LD_PRELOAD": library,
         "TSAN_OPTIONS": "halt_on_error=1",
-        "ZIPFAST_TEST_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
         "ZIPFAST_REQUIRE": "emu",
+        **ONE_THREAD,
     }
-    pytest(place, "-s", OP_TESTS, "-k", EVERY_KERNEL, env=env)
+    pytest(place, OP_TESTS, "-k", EVERY_KERNEL, env=env)
 
 
 STEPS: dict[str, Callable[[], object]] = {
