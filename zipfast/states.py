@@ -105,7 +105,7 @@ def open_state(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
     Args:
         source: a .safetensors, .pt, .pth or .bin file; a folder with model.safetensors(.index.json) or pytorch_model.bin
-            (.index.json); a state dict; a module; or a State, which is returned.
+            (.index.json), or with a LoRA adapter of PEFT; a state dict; a module; or a State, which is returned.
         name: what messages call a state dict.
 
     Raises:
@@ -133,6 +133,10 @@ def open_state(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
         for single in SINGLES:
             if (path / single).is_file():
                 return open_state(path / single)
+        if (path / "adapter_config.json").is_file():
+            from .soups.adapters import Adapter
+
+            return Adapter(path)
         raise FileNotFoundError(f"open_state: {path} must hold {', '.join((*SINGLES, *INDEXES))}, got none of them")
     if not path.is_file():
         raise FileNotFoundError(f"open_state: no checkpoint at {path}")

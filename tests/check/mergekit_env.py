@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mergekit in an environment of its own, and real merges through it: ``python tests/check/mergekit_env.py``.
+"""mergekit and PEFT in an environment of their own, and real merges through them: ``python tests/check/mergekit_env.py``.
 
 mergekit pins much, and what it needs besides torch changes often: exact versions are installed into build/mergekit, beside
 the torch of this interpreter, which is only looked up there. Later runs use the environment again. Needs pip's index the
@@ -25,7 +25,7 @@ WITH = (
     "transformers==5.23.0", "click==8.5.1", "pydantic==2.14.3", "immutables==0.21", "tqdm==4.70.1", "psutil==7.2.2",
     "pyyaml==6.0.3", "scipy==1.17.1", "safetensors==0.8.0", "pytest==9.2.0",
 )  # fmt: skip
-TESTS = ("tests/compat/test_compat_mergekit.py", "tests/soups/test_adapters.py")
+TESTS = ("tests/compat/test_compat_mergekit.py", "tests/soups/test_adapters_peft.py")
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
@@ -65,9 +65,8 @@ def main() -> None:
     python = environment()
     made = time.perf_counter()
     version = run(python, "-c", "import mergekit, importlib.metadata as m; print(m.version('mergekit'))").strip()
-    tests = [test for test in TESTS if (ROOT / test).is_file()]
     settings = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    output = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *tests, env=settings)
+    output = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *TESTS, env=settings)
     if " skipped" in output.splitlines()[-1]:
         raise SystemExit(f"{output[-3000:]}\na test was skipped where all must run")
     print(f"    mergekit {version}: {output.strip().splitlines()[-1]}; environment {made - begin:.0f} s")
