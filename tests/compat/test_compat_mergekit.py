@@ -256,6 +256,21 @@ def test_zipit_of_permuted_copies_recovers_the_function(kitchen: Path) -> None:
     assert facts["settings"]["data"] == "calibration.txt" and facts["plan"]["spaces"]
 
 
+def test_tied_models_stay_tied(kitchen: Path) -> None:
+    tied = llama(11, tie_word_embeddings=True)
+    save(tied, Path("model-t"))
+    save(permuted(tied), Path("model-q"))
+    assert "lm_head.weight" not in tensors("model-t")
+    config = {**ZIPIT, "models": models("t", "q")}
+    assert run(config, "out") == 0
+    want = answers(Path("model-t"))
+    torch.testing.assert_close(answers(Path("out")), want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    for method in ("linear", "zipfast_linear"):
+        assert run({"merge_method": method, "models": models("t", "q", weight=1)}, method) == 0
+    assert tensors("linear").keys() == tensors("zipfast_linear").keys()
+    assert json.loads(Path("zipfast_linear/config.json").read_text())["tie_word_embeddings"] is True
+
+
 def test_zipit_is_zipfast_merge_to_the_bit(kitchen: Path) -> None:
     from zipfast.compat.mergekit_recipes import load_batches
     from zipfast.sources import load_model
@@ -326,6 +341,17 @@ def test_registered_twice() -> None:
         ValueError, match="register: 'zipfast_linear' must be registered once, but mergekit has it already"
     ):
         mergekit.register()
+
+
+def test_a_tensor_that_a_model_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergekit.merge_methods import merge_tensors
+
+    from zipfast.compat.mergekit_methods import FOUND
+    from zipfast.compat.mergekit_recipes import Matching
+
+    monkeypatch.setitem(FOUND, "zipfast_zipit", (("a", "b"), Matching(None, {}, "")))
+    with pytest.raises(ValueError, match="zipfast_zipit: tensor 'w' must be in every model, got none in b"):
+        merge_tensors([torch.ones(2)], "zipfast_zipit", ids=["a"], name="w")
 
 
 ZIPIT = {"merge_method": "zipfast_zipit", "zipfast": {"data": "calibration.txt", "length": 16}}

@@ -174,7 +174,7 @@ def test_a_soup_by_a_function(files: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_soup(paths, {"evaluate": "judge:score", "scores": [9.0, 2.0, 1.0]}).weights[0] > 0
 
 
-def test_soups_that_cannot_be_chosen(files: Path) -> None:
+def test_soups_that_cannot_be_chosen(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, data = [str(files / "a.safetensors"), str(files / "b.safetensors")], str(files / "held.npz")
     with pytest.raises(ValueError, match="must name either data or evaluate, got neither"):
         choose_soup(paths, {})
@@ -187,6 +187,10 @@ def test_soups_that_cannot_be_chosen(files: Path) -> None:
     np.savez(files / "bare.npz", x=np.zeros((4, 6)))
     with pytest.raises(ValueError, match="'data' must hold labels, or the input_ids of a language model, got neither"):
         choose_soup(paths, {"data": str(files / "bare.npz"), "factory": "zipfast.zoo:mlp", "factory_args": ARGS})
+    (files / "nothing.py").write_text("def batches():\n    return []\n")
+    monkeypatch.syspath_prepend(str(files))
+    with pytest.raises(ValueError, match="zipfast_greedy_soup: 'data' must hold at least one batch, got none"):
+        choose_soup(paths, {"data": "nothing:batches", "factory": "zipfast.zoo:mlp", "factory_args": ARGS})
     with pytest.raises(ValueError, match=r"'length' must be left out without a .txt file, got 8"):
         choose_soup(paths, {"data": data, "factory": "zipfast.zoo:mlp", "factory_args": ARGS, "length": 8})
 
@@ -214,7 +218,7 @@ def test_text_is_cut_into_tokens(folders: Path) -> None:
     assert torch.cat([batch["input_ids"].flatten() for batch in batches]).tolist() == [int(w[1:]) for w in words]
 
 
-def test_text_that_cannot_be_read(folders: Path, tmp_path: Path) -> None:
+def test_text_that_cannot_be_read(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(**settings):
         return load_batches("zipfast_zipit", {"data": str(folders / "words.txt"), **settings}, str(folders / "a"))
 
@@ -228,6 +232,11 @@ def test_text_that_cannot_be_read(folders: Path, tmp_path: Path) -> None:
         read(data=str(tmp_path / "none.txt"))
     with pytest.raises(ValueError, match=r"must hold a tokenizer to read .*words.txt with, got none"):
         load_batches("zipfast_zipit", {"data": str(folders / "words.txt")}, str(tmp_path))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ImportError, match=r"transformers must be installed to read .*words.txt; pip install transformers"
+    ):
+        read(length=10)
 
 
 def test_loss_of_the_next_token(folders: Path) -> None:
@@ -354,3 +363,26 @@ def test_the_scripts_are_announced() -> None:
         assert f'zipfast-mergekit-{name} = "zipfast.compat.mergekit:{function}"' in project
         assert callable(getattr(mergekit, function))
     assert set(mergekit_recipes.SETTINGS) == {"zipfast_greedy_soup", "zipfast_zipit"}
+
+
+# ----------------------------------------------------------------------------------------------------------------- pages
+
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "mergekit").glob("*.yml"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.stem for example in EXAMPLES])
+def test_examples_are_those_of_the_guide(example: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    assert f"```yaml\n{example.read_text()}```" in (ROOT / "docs" / "compat" / "mergekit.md").read_text()
+    config = yaml.safe_load(example.read_text())
+    assert check_settings(config["merge_method"], config.get("zipfast")) == config.get("zipfast", {})
+    assert config["merge_method"] in ("zipfast_linear", "zipfast_greedy_soup", "zipfast_zipit")
+
+
+def test_the_guide_names_every_setting() -> None:
+    guide = (ROOT / "docs" / "compat" / "mergekit.md").read_text()
+    for settings in mergekit_recipes.SETTINGS.values():
+        assert all(f"`{name}`" in guide for name in settings), [name for name in settings if f"`{name}`" not in guide]
+    assert len(EXAMPLES) == 4 and all(version in guide for version in mergekit.SUPPORTED)

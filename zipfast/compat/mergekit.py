@@ -58,13 +58,13 @@ def register() -> tuple[str, ...]:
     from mergekit.merge_methods import register as add
     from mergekit.merge_methods import registered_methods
 
-    from .mergekit_methods import METHODS
+    from .mergekit_methods import methods
 
     there = {method.spec.name for method in registered_methods()}
-    names = tuple(method.spec.name for method in METHODS)
+    names = tuple(method.spec.name for method in methods())
     if twice := [name for name in names if name in there]:
         raise ValueError(f"register: {twice[0]!r} must be registered once, but mergekit has it already; call it once")
-    for method in METHODS:
+    for method in methods():
         add(method)
     return names
 
@@ -149,18 +149,18 @@ def _script(name: str, module: str, argument: str, argv: Sequence[str] | None) -
 
 
 def _names() -> list[str]:
-    from .mergekit_methods import METHODS
+    from .mergekit_methods import methods
 
-    return [method.spec.name for method in METHODS]
+    return [method.spec.name for method in methods()]
 
 
 def _ready() -> None:
     """Register, unless these very methods are there."""
     from mergekit.merge_methods import registered_methods
 
-    from .mergekit_methods import METHODS
+    from .mergekit_methods import methods
 
-    if not all(any(method is own for method in registered_methods()) for own in METHODS):
+    if not all(any(method is own for method in registered_methods()) for own in methods()):
         register()
 
 
