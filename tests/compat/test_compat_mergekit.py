@@ -252,6 +252,9 @@ def test_zipit_of_permuted_copies_recovers_the_function(kitchen: Path) -> None:
     torch.testing.assert_close(answers(Path("out")), want, rtol=0, atol=1e-4 * float(want.abs().max()))
     assert run({"merge_method": "zipfast_linear", "models": models("a", "p", weight=1)}, "average") == 0
     assert float((answers(Path("average")) - want).abs().max()) > 0.3 * float(want.abs().max())  # what matching is for
+    assert run({**config, "dtype": "bfloat16", "out_dtype": "float16"}, "half") == 0
+    assert {value.dtype for value in tensors("half").values()} == {torch.float16}
+    torch.testing.assert_close(answers(Path("half")), want, rtol=0, atol=0.1 * float(want.abs().max()))
     facts = json.loads(Path("out/zipfast.json").read_text())
     assert facts["settings"]["data"] == "calibration.txt" and facts["plan"]["spaces"]
 
@@ -265,6 +268,7 @@ def test_tied_models_stay_tied(kitchen: Path) -> None:
     assert run(config, "out") == 0
     want = answers(Path("model-t"))
     torch.testing.assert_close(answers(Path("out")), want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    assert run({**GREEDY, "models": models("q", "t")}, "greedy") == 0
     for method in ("linear", "zipfast_linear"):
         assert run({"merge_method": method, "models": models("t", "q", weight=1)}, method) == 0
     assert tensors("linear").keys() == tensors("zipfast_linear").keys()
@@ -364,6 +368,8 @@ BAD = {
               r"'weights' must not add up to 0"),
     "setting": ({"merge_method": "zipfast_linear", "models": models("a", weight=1), "zipfast": {"data": "x"}},
                 r"zipfast_linear: what stands under 'zipfast' must be left out, got 'data'"),
+    "not ours": ({"merge_method": "linear", "models": models("a", weight=1), "zipfast": {"data": "x"}},
+                 r"linear: what stands under 'zipfast' must be left out, got 'data'"),
     "no data": ({"merge_method": "zipfast_zipit", "models": models("a", "b")}, r"zipfast_zipit: 'zipfast: data' must name"),
     "neither": ({"merge_method": "zipfast_greedy_soup", "models": models("a", "b")}, r"data or evaluate, got neither"),
     "slices": ({**ZIPIT, "slices": SOURCES}, r"zipfast_zipit: the config must list 'models', .* got 'slices'"),
@@ -371,7 +377,7 @@ BAD = {
              r"'base_model' must be one of the models, got ././model-c; list it"),
     "tokenizer": ({**GREEDY, "models": models("a", "b"), "tokenizer_source": "union"}, r"models must share a tokenizer"),
     "framework": ({"merge_method": "zipfast_linear", "models": models("a", "flax", weight=1)},
-                  r"models must be PyTorch checkpoints .* got flax_model.msgpack of Flax in ././model-flax"),
+                  r"models must be PyTorch checkpoints .* got, in ././model-flax, flax_model.msgpack of Flax; save"),
     "adapter": ({**GREEDY, "models": models("a", "adapter")}, r"whole checkpoints, got the adapter ././model-adapter"),
     "method": ({"merge_method": "zipfast_zipit2", "models": models("a", "b")}, r"Unimplemented merge method zipfast_zipit2"),
     "layers": ({**ZIPIT, "models": models("a", "short")}, r"models 0 and 1 must have one structure"),

@@ -26,6 +26,7 @@ from zipfast.compat.mergekit_recipes import (
     load_batches,
     match_models,
 )
+from zipfast.states import open_state
 
 # mergekit 0.1.5, merge_tensors(x, "linear", parameters={"weight": w, "normalize": n}) on the tensors of `recorded`.
 RECORDED = [
@@ -99,11 +100,15 @@ def test_checkpoints_of_other_frameworks(tmp_path: Path, file: str, of: str) -> 
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / file).touch()
     with pytest.raises(
-        ValueError, match=rf"models must be PyTorch checkpoints .* got {file} of {of} in .*save the model"
+        ValueError, match=rf"models must be PyTorch checkpoints .* got, in .*, {file} of {of}; save the model"
     ):
         check_checkpoint("zipfast_linear", str(tmp_path))
-    with pytest.raises(ValueError, match=f"got {file} of {of}"):
+    with pytest.raises(ValueError, match=f"got, in .*, {file} of {of}"):
         check_checkpoint("zipfast_linear", str(tmp_path / file))
+    with pytest.raises(FileNotFoundError, match=f"must hold model.safetensors, .* got {file} of {of}; save"):
+        open_state(tmp_path)
+    with pytest.raises(ValueError, match=rf"must end in \.safetensors, .* got {file} of {of}; save"):
+        open_state(tmp_path / file)
     (tmp_path / "model.safetensors").touch()  # beside one that can be read, others do not matter
     check_checkpoint("zipfast_linear", str(tmp_path))
 

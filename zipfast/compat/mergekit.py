@@ -179,7 +179,7 @@ def _whole(config: Mapping[str, Any], out: str, options: Any, raw: bool = False)
     from .mergekit_methods import FOUND
 
     method = str(config.get("merge_method"))
-    settings = recipes.check_settings(method, config.get(KEY)) if method.startswith("zipfast_") else {}
+    settings = recipes.check_settings(method, config.get(KEY))
     fresh = not Path(out).exists()
     facts: dict[str, Any] = {}
     try:

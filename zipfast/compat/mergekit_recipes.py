@@ -31,7 +31,7 @@ from ..ops.blend import FINITE
 from ..soups.evaluator import Evaluator
 from ..soups.mix import RUNNING, weights_of
 from ..soups.recipes import Soup, greedy_soup
-from ..states import open_state
+from ..states import foreign, open_state
 
 KEY = "zipfast"  # of the YAML file's block with settings of whole models; mergekit reads over it
 DATA = {"data": str, "batch_size": int, "samples": int, "length": int, "factory": str, "factory_args": dict}
@@ -51,11 +51,6 @@ ZIPIT = {
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {"zipfast_greedy_soup": GREEDY, "zipfast_zipit": ZIPIT}
 LENGTH = 128  # tokens of a sample that is cut from a text
-# Weights that only another framework reads; where such a file lies alone, the user is told what it is.
-FOREIGN = {
-    "tf_model.h5": "TensorFlow", ".h5": "Keras", ".ckpt.index": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX",
-    ".gguf": "llama.cpp",
-}  # fmt: skip
 
 
 def check_settings(method: str, values: Any) -> dict[str, Any]:
@@ -95,13 +90,8 @@ def check_checkpoint(method: str, path: str) -> None:
     names = [file.name for file in files]
     if any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) and "adapter" not in name for name in names):
         return
-    for name in names:
-        of = next((kind for end, kind in FOREIGN.items() if name.endswith(end)), None)
-        if of is not None:
-            raise ValueError(
-                f"{method}: models must be PyTorch checkpoints (.safetensors or .bin), got {name} of {of} in {path}; "
-                "save the model from PyTorch as safetensors"
-            )
+    if got := foreign(place):
+        raise ValueError(f"{method}: models must be PyTorch checkpoints (.safetensors or .bin), got, in {path}, {got}")
     if "adapter_config.json" in names:
         raise ValueError(
             f"{method}: models must be whole checkpoints, got the adapter {path}; name it behind its base as base+adapter, "
