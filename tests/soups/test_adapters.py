@@ -121,6 +121,15 @@ def test_the_average_in_memory_and_of_an_average(three, tmp_path: Path) -> None:
         np.testing.assert_allclose(read_changes(tmp_path / "d")[module], moved, rtol=0, atol=6e-6 * np.abs(want).max())
 
 
+def test_weights_of_torchs_own_kind_of_file(tmp_path: Path) -> None:
+    tensors = factors(1, 2)
+    one, two = write(tmp_path / "a", tensors), write(tmp_path / "b", tensors)
+    (two / "adapter_model.safetensors").unlink()
+    torch.save({PREFIX + key: value for key, value in tensors.items()}, two / "adapter_model.bin")
+    found, want = adapted(base_state(), two).load(), adapted(base_state(), one).load()
+    assert all(torch.equal(found[key], value) for key, value in want.items())
+
+
 def test_separate_averages_are_another_thing(tmp_path: Path) -> None:
     one, two = factors(1, 2), factors(2, 2)
     folders = [write(tmp_path / "a", one), write(tmp_path / "b", two)]
@@ -343,6 +352,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     status, told = run("greedy", *names, *data, "--out", "greedy.safetensors")
     assert status == 0 and "accuracy on held-out" in told
     assert load_file("greedy.safetensors").keys() == net.state_dict().keys()
+    status, told = run("uniform", *names, "--base", "base.safetensors", "--out", "whole.safetensors")
+    want = zipfast.uniform_soup(names, base="base.safetensors").state
+    assert status == 0 and all(torch.equal(value, want[key]) for key, value in load_file("whole.safetensors").items())
     status, told = run("uniform", *names, "--separate", "--out", "apart")
     assert status == 0 and "averaged separately" in told
     status, told = run("greedy", *names, "--data", "held.npz", "--out", "x")

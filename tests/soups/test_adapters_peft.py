@@ -96,3 +96,30 @@ def test_pefts_own_cat_is_the_same(llamas: Path) -> None:
     whole = transformers.LlamaForCausalLM.from_pretrained(llamas / "base")
     whole.load_state_dict(soup)
     torch.testing.assert_close(logits(whole), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_gpt2_stores_weights_as_input_by_output(tmp_path: Path) -> None:
+    peft, t = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = t.GPT2Config(
+        vocab_size=32, n_embd=12, n_layer=2, n_head=3, n_positions=16, bos_token_id=None, eos_token_id=None
+    )  # fmt: skip
+    t.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    merged = []
+    for name in "ab":
+        model = t.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+        settings = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=2, target_modules=["attn.c_proj", "c_attn"], fan_in_fan_out=True
+        )
+        model = peft.get_peft_model(model, settings)
+        with torch.no_grad():
+            for value in model.parameters():
+                if value.requires_grad:
+                    value += 0.3 * torch.randn(value.shape)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        merged.append(model.merge_and_unload().state_dict())
+    soup = zipfast.uniform_soup([tmp_path / "a", tmp_path / "b"], base=tmp_path / "base", out=tmp_path / "whole")
+    assert soup.weights == (0.5, 0.5)
+    whole = t.GPT2LMHeadModel.from_pretrained(tmp_path / "whole").state_dict()
+    for key, value in whole.items():  # c_proj is square: only the config says how it lies
+        torch.testing.assert_close(value, (merged[0][key] + merged[1][key]) / 2, rtol=1e-5, atol=1e-6, msg=key)
