@@ -423,10 +423,14 @@ def test_a_folder_that_was_there_stays(kitchen: Path) -> None:
 
 
 def test_a_config_that_is_none(kitchen: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("config.yml").write_text("- 1\n")
+    for content, wanted in (("- 1\n", "config.yml must hold a mapping of options, got list"), ("a: [", "must be YAML")):
+        Path("config.yml").write_text(content)
+        with pytest.raises(SystemExit):
+            mergekit.yaml_main(["config.yml", "out"])
+        assert wanted in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        mergekit.yaml_main(["config.yml", "out"])
-    assert "config: config.yml must hold a mapping, got list" in capsys.readouterr().err
+        mergekit.yaml_main(["none.yml", "out"])
+    assert "config: no file at none.yml" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------------- examples

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
+from ..commands.common import read_yaml
 from ..states import INDEXES, SINGLES
 from . import mergekit_recipes as recipes
 from .mergekit_recipes import KEY, SETTINGS
@@ -95,8 +96,8 @@ def run_merge(
     options = options or MergeOptions()
     source = None
     if not isinstance(config, Mapping):
-        source = Path(config).read_text(encoding="utf-8")
-        config = _mapping(yaml.safe_load(source), os.fspath(config))
+        path = os.fspath(config)
+        config, source = read_yaml(path), Path(path).read_text(encoding="utf-8")
     with _whole(config, os.fspath(out), options):
         text = source or yaml.safe_dump(dict(config))
         merge(MergeConfiguration.model_validate(config), os.fspath(out), options=options, config_source=text)
@@ -131,10 +132,7 @@ def _script(name: str, module: str, argument: str, argv: Sequence[str] | None) -
     def run(**given: Any) -> None:
         options = MergeOptions(**{key: given[key] for key in MergeOptions.model_fields if key in given})
         try:
-            import yaml
-
-            source = Path(given[argument]).read_text(encoding="utf-8")
-            config = _mapping(yaml.safe_load(source), given[argument])
+            config = read_yaml(given[argument])
             with _whole(config, given["out_path"], options, raw=argument == "config_path"):
                 stock.callback(**given)
         except ERRORS as e:
@@ -162,12 +160,6 @@ def _ready() -> None:
 
     if not all(any(method is own for method in registered_methods()) for own in methods()):
         register()
-
-
-def _mapping(values: Any, path: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"config: {path} must hold a mapping, got {type(values).__name__}")
-    return values
 
 
 @contextmanager
