@@ -184,9 +184,13 @@ def test_mergekit_parts() -> None:
     models = [{"model": "a", "parameters": {"weight": 2}}, {"model": "b"}]
     plain = from_mergekit({"merge_method": "linear", "models": models, "parameters": {"normalize": False, "weight": 5}})
     assert plain == {"models": ["a", "b"], "weights": [2.0, 5.0], "keep_scale": True}
+    assert from_mergekit({"merge_method": "zipfast_linear", "models": models}) == {
+        "models": ["a", "b"],
+        "weights": [2.0, 1.0],
+    }
     assert from_mergekit({"weights": [1]}) == {"weights": [1]}
     for values, match in (
-        ({"merge_method": "ties"}, "'merge_method' must be linear here, got 'ties'"),
+        ({"merge_method": "ties"}, "'merge_method' must be linear here, got 'ties'; zipfast-mergekit-yaml has others"),
         ({"merge_method": "linear", "slices": []}, "a linear merge can have .*, got 'slices'"),
         ({"merge_method": "linear", "models": ["a"]}, "'models' must be a list of model and parameters"),
     ):

@@ -515,7 +515,8 @@ def test_hugging_face_errors(folders, tmp_path, monkeypatch):
     (folder / "model.safetensors").unlink()
     (folder / "tf_model.h5").write_bytes(b"")
     with pytest.raises(
-        FileNotFoundError, match=r"load_model: no model.safetensors or pytorch_model.bin, .* in .*missing"
+        FileNotFoundError,
+        match=r"load_model: no model.safetensors or .* in .*missing, but tf_model.h5 of TensorFlow; save",
     ):
         load_model(str(folder))
     with pytest.raises(ValueError, match=rf"load_model: 'factory' must be left out for '{source}', got 'a:b'"):

@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from . import checkpoint
 from .features import batch_inputs
+from .states import foreign
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -88,7 +89,7 @@ def load_model(spec: str, *, factory: str | None = None, factory_args: Mapping[s
         Linear(in_features=4, out_features=8, bias=True)
     """
     parsed, name, args = _resolve(spec, factory, factory_args)
-    module = _find("load_model", name)(**args) if name else _load_folder(Path(str(parsed.path)))
+    module = find_callable("load_model", name)(**args) if name else _load_folder(Path(str(parsed.path)))
     if not isinstance(module, nn.Module):
         raise TypeError(f"load_model: {name} must return a torch.nn.Module, got {type(module).__name__}")
     if name and parsed.path:
@@ -211,7 +212,7 @@ def load_data(
         read = _image_reader(files[0][0], image_size, "L" if grayscale else "RGB", mean, std)
         return Batches(files[:max_samples], read, batch_size, shard, classes)
     if calls:
-        found = _find("load_data", text)()
+        found = find_callable("load_data", text)()
         if isinstance(found, (Iterator, Tensor, Mapping, str)) or not isinstance(found, Iterable):
             kind = type(found).__name__
             raise TypeError(f"load_data: {text} must return batches to read repeatedly (list, DataLoader), got {kind}")
@@ -227,8 +228,19 @@ def _line(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
-def _find(op: str, name: str) -> Callable[..., Any]:
-    """What stands behind ``package.module:name``; the name may have dots."""
+def find_callable(op: str, name: str) -> Callable[..., Any]:
+    """What stands behind ``package.module:name``; the name may have dots. The current directory is searched too.
+
+    Args:
+        op: who asks, for messages. name: the user's own word, never that of a file.
+
+    Raises:
+        ValueError: another form. ImportError: no such module. TypeError: nothing of that name that can be called.
+
+    Example:
+        >>> find_callable("load_model", "zipfast.zoo:mlp").__name__
+        'mlp'
+    """
     if (found := _FACTORY.fullmatch(name)) is None or found[2]:
         raise ValueError(f"{op}: 'factory' must be package.module:factory, got {name!r}")
     module, attribute = name.split(":")
@@ -323,7 +335,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             files = sorted({Path(file).name for file in shards})  # an index cannot point outside the folder
         if files:
             return {key: tensor for file in files for key, tensor in checkpoint.load(folder / file).items()}
-    raise FileNotFoundError(f"load_model: no model.safetensors or pytorch_model.bin, nor shards of them, in {folder}")
+    other = foreign(folder)
+    also = f", but {other}" if other else ""
+    raise FileNotFoundError(
+        f"load_model: no model.safetensors or pytorch_model.bin, nor shards of them, in {folder}{also}"
+    )
 
 
 def _load_folder(folder: Path) -> nn.Module:

@@ -34,6 +34,26 @@ LARGEST_HEADER = 100 << 20  # bytes; safetensors' own limit
 PICKLES = (".pt", ".pth", ".bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+# Weights that only other programs read, by the end of the file's name.
+FOREIGN = {
+    "tf_model.h5": "TensorFlow", ".h5": "Keras", ".ckpt.index": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX",
+    ".gguf": "llama.cpp",
+}  # fmt: skip
+
+
+def foreign(path: str | os.PathLike[str]) -> str | None:
+    """What a file, or a file in a folder, belongs to that holds weights of another framework, in words; None: there is none.
+
+    Example:
+        >>> foreign("model/tf_model.h5")
+        'tf_model.h5 of TensorFlow; save the model from PyTorch as safetensors'
+    """
+    place = Path(path)
+    for name in sorted(file.name for file in place.iterdir()) if place.is_dir() else [place.name]:
+        of = next((kind for end, kind in FOREIGN.items() if name.endswith(end)), None)
+        if of is not None:
+            return f"{name} of {of}; save the model from PyTorch as safetensors"
+    return None
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,7 @@ def open_state(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
     Args:
         source: a .safetensors, .pt, .pth or .bin file; a folder with model.safetensors(.index.json) or pytorch_model.bin
-            (.index.json); a state dict; a module; or a State, which is returned.
+            (.index.json), or with a LoRA adapter of PEFT; a state dict; a module; or a State, which is returned.
         name: what messages call a state dict.
 
     Raises:
@@ -133,7 +153,12 @@ def open_state(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
         for single in SINGLES:
             if (path / single).is_file():
                 return open_state(path / single)
-        raise FileNotFoundError(f"open_state: {path} must hold {', '.join((*SINGLES, *INDEXES))}, got none of them")
+        if (path / "adapter_config.json").is_file():
+            from .soups.adapters import Adapter
+
+            return Adapter(path)
+        got = foreign(path) or "none of them"
+        raise FileNotFoundError(f"open_state: {path} must hold {', '.join((*SINGLES, *INDEXES))}, got {got}")
     if not path.is_file():
         raise FileNotFoundError(f"open_state: no checkpoint at {path}")
     if path.name.endswith(".index.json"):
@@ -142,7 +167,8 @@ def open_state(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
         return _Safetensors(path)
     if path.suffix in PICKLES:
         return _Pickle(path)
-    raise ValueError(f"open_state: {path} must end in .safetensors, {', '.join(PICKLES)}, got {path.suffix!r}")
+    got = foreign(path) or repr(path.suffix)
+    raise ValueError(f"open_state: {path} must end in .safetensors, {', '.join(PICKLES)}, got {got}")
 
 
 class _Memory(State):

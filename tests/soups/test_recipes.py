@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zipfast import checkpoint
 from zipfast.soups import Soup, greedy_soup, uniform_soup, wise_ft
-from zipfast.soups.recipes import fingerprint
+from zipfast.soups.ingredients import fingerprint
 from zipfast.states import open_state
 
 State = dict[str, Tensor]

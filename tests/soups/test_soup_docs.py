@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code in docs/soups.md runs."""
+"""The code in docs/soups.md and docs/compat/peft.md runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "soups.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+BLOCKS = [
+    (page, block)
+    for page in ("soups.md", "compat/peft.md")
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_code_runs(block: str) -> None:
-    exec(compile(block, "docs/soups.md", "exec"), {})
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(BLOCKS)])
+def test_code_runs(page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, f"docs/{page}", "exec"), {})
 
 
 def test_there_is_code() -> None:
-    assert len(BLOCKS) >= 2
+    assert len(BLOCKS) >= 3

@@ -283,9 +283,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"must hold model.safetensors, .*index.json, got none of them"):
         open_state(tmp_path / "empty")
-    (tmp_path / "m.h5").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"must end in .safetensors, .pt, .pth, .bin, got '.h5'"):
-        open_state(tmp_path / "m.h5")
+    for name, got in (("m.npy", r"got '\.npy'"), ("m.h5", "got m.h5 of Keras; save the model from PyTorch")):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(ValueError, match=rf"must end in .safetensors, .pt, .pth, .bin, {got}"):
+            open_state(tmp_path / name)
     with pytest.raises(TypeError, match="'source' must be a path, a state dict or a module, got int"):
         open_state(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mine must hold tensors, got list at 'w'"):

@@ -28,9 +28,11 @@ from ..soups import (
     uniform_soup,
     wise_ft,
 )
+from ..soups.adapters import Adapter
 from ..soups.diagnosis import diagnose
 from ..soups.evaluator import Evaluator
-from ..soups.mix import BUFFERS, SHARD
+from ..soups.ingredients import gather
+from ..soups.mix import BUFFERS, SHARD, weights_of
 from ..soups.recipes import Soup
 from ..states import State, open_state
 from . import common
@@ -46,10 +48,12 @@ actions:  uniform   the (weighted) average                  greedy    add the be
           ensemble  accuracy of averaged logits             geometry  norms, angles, distances, and what they mean
           check     what would be read and written, and what does not fit; reads headers only
 models:   .safetensors, .pt, .pth, .bin, or Hugging Face folders. What is evaluated is built from the first folder, or by
-          --factory.
+          --factory. For uniform and greedy also folders with LoRA adapters of PEFT: the result is an adapter, or with --base
+          the whole model.
 examples:
   zipfast soup uniform run-*/model.safetensors --out soup.safetensors
   zipfast soup greedy run-1/ run-2/ run-3/ --data held-out/ --image-size 224 --out soup/ --journal soup.jsonl
+  zipfast soup uniform adapter-a/ adapter-b/ --out adapter/
   zipfast soup uniform --config mergekit.yml --out soup/          (merge_method: linear)
 """
 
@@ -61,7 +65,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="ingredients")
     model = parser.add_argument_group("models")
-    model.add_argument("--base", metavar="MODEL", help="the start that all were fine-tuned from")
+    model.add_argument(
+        "--base", metavar="MODEL", help="the start that all were fine-tuned from; of adapters, to merge into"
+    )
     model.add_argument("--factory", metavar="MODULE:NAME", help="what builds the model that checkpoints belong to")
     model.add_argument("--factory-args", type=arguments, metavar="JSON", help="its keyword arguments")
     model.add_argument("--include", metavar="REGEX", help="mix only tensors with a match")
@@ -75,6 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("recipe")
     how.add_argument("--weights", type=common.numbers, metavar="W,W", help="for uniform; default: all alike")
     how.add_argument("--keep-scale", action="store_true", help="do not divide the weights by their sum")
+    how.add_argument("--separate", action="store_true", help="of adapters, for uniform: average A and B on their own")
     how.add_argument("--alphas", type=common.numbers, default=[0.25, 0.5, 0.75], metavar="A,A", help="for wise")
     how.add_argument("--accept", choices=("gt", "ge"), default="gt", help="for greedy: must rise, or must not fall")
     how.add_argument("--order", choices=("score", "random"), default="score", help="for greedy (default: %(default)s)")
@@ -98,15 +105,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def from_mergekit(values: dict[str, Any]) -> dict[str, Any]:
-    """Options from a mergekit YAML with ``merge_method: linear``; other files are returned as they are.
+    """Options from a mergekit YAML with ``merge_method: linear`` or ``zipfast_linear``; other files as they are.
 
     Raises:
         ValueError: another method, or parts of the format that a weighted sum has no place for.
     """
     if "merge_method" not in values:
         return values
-    if values["merge_method"] != "linear":
-        raise ValueError(f"config: 'merge_method' must be linear here, got {values['merge_method']!r}")
+    if values["merge_method"] not in ("linear", "zipfast_linear"):
+        raise ValueError(
+            f"config: 'merge_method' must be linear here, got {values['merge_method']!r}; zipfast-mergekit-yaml has others"
+        )
     if extra := sorted(set(values) - MERGEKIT):
         raise ValueError(f"config: a linear merge can have {', '.join(sorted(MERGEKIT))}, got {extra[0]!r}")
     top = values.get("parameters") or {}
@@ -138,6 +147,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"soup: wise needs --base and one model, got {len(args.models)} and base {args.base!r}")
     states = [open_state(spec) for spec in args.models]
     base = None if args.base is None else open_state(args.base)
+    args._adapters = any(isinstance(state, Adapter) for state in states)
+    if args._adapters and args.action not in ("uniform", "greedy", "check"):
+        raise ValueError(
+            f"soup: adapters are for uniform and greedy, got them for {args.action}; merge them into --base first"
+        )
     if args.action == "check" or args.dry_run:
         return _check(args, states, base)
     if args.plots is not None:
@@ -153,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, states: Sequence[State], base: State | None) -> int:
+    if args._adapters:
+        return _check_adapters(args, states, base)
     every = [*states, *([base] if base is not None else [])]
     layout = layout_of(every, **_choice(args), name="soup")
     read = sum(entry.nbytes for state in every for entry in state.entries.values())
@@ -175,6 +191,22 @@ def _check(args: argparse.Namespace, states: Sequence[State], base: State | None
     return 0
 
 
+def _check_adapters(args: argparse.Namespace, states: Sequence[State], base: State | None) -> int:
+    column = weights_of(args.weights, len(states), normalize=not args.keep_scale, name="soup")
+    kitchen = gather(
+        states, base=base, separate=args.separate, weighted=column, **_choice(args), out=args.out, name="soup"
+    )
+    ranks: dict[str, int] = {}
+    for state in states:
+        for module, pair in state.pairs.items() if isinstance(state, Adapter) else ():
+            ranks[module] = ranks.get(module, 0) + state.entries[pair.a].shape[0]
+    result = {"models": [state.name for state in states], "ranks": ranks, "notes": list(kitchen.notes)}
+    into = "" if base is None else f", merged into {base.name}"
+    text = f"{len(states)} adapters fit together: {len(ranks)} modules, rank {max(ranks.values())} at most{into}"
+    common.emit(result, "\n".join([text, *kitchen.notes]), args.json)
+    return 0
+
+
 def _choice(args: argparse.Namespace) -> dict[str, Any]:
     dtype = None if args.out_dtype is None else DTYPES[args.out_dtype]
     return {"include": args.include, "exclude": args.exclude, "out_dtype": dtype}
@@ -184,7 +216,8 @@ def _uniform(args: argparse.Namespace, states: Sequence[State], base: Any, resul
     evaluators = _evaluators(args, states)
     soup = uniform_soup(
         states, weights=args.weights, normalize=not args.keep_scale, out=args.out, int_policy=args.int_policy,
-        shard_bytes=args.shard_bytes, metadata={"provenance": result}, **_choice(args),
+        shard_bytes=args.shard_bytes, metadata={"provenance": result}, base=base if args._adapters else None,
+        separate=args.separate, **_choice(args),
     )  # fmt: skip
     return _told(args, soup, evaluators, result)
 
@@ -193,7 +226,8 @@ def _greedy(args: argparse.Namespace, states: Sequence[State], base: Any, result
     evaluators = _evaluators(args, states, needed="greedy")
     soup = greedy_soup(
         states, evaluators["held-out"], scores=args.scores, accept=args.accept, order=args.order, seed=args.seed,
-        journal=args.journal, out=args.out, int_policy=args.int_policy, progress=progress, **_choice(args),
+        journal=args.journal, out=args.out, int_policy=args.int_policy, progress=progress,
+        base=base if args._adapters else None, **_choice(args),
     )  # fmt: skip
     if args.plots is not None:
         from ..soups.plots import plot_greedy
@@ -334,6 +368,10 @@ def _evaluators(args: argparse.Namespace, states: Sequence[State], needed: str =
         raise ValueError(f"soup: 'data' must name held-out data for {needed}, got none; use --data SPEC")
     if not specs:
         return {}
+    if args._adapters and args.base is None:
+        raise ValueError(
+            "soup: 'base' must name the model of the adapters, to evaluate them in, got none; use --base MODEL"
+        )
     model = _model(args)
     again = None if args.recalibrate is None else common.load_data(args.recalibrate, args)
     return {name: Evaluator(model, common.load_data(spec, args), recalibrate=again) for name, spec in specs.items()}
@@ -341,7 +379,7 @@ def _evaluators(args: argparse.Namespace, states: Sequence[State], needed: str =
 
 def _model(args: argparse.Namespace) -> nn.Module:
     """A module that the weights fit."""
-    spec = args.models[0]
+    spec = args.base if args._adapters else args.models[0]
     if not Path(spec).is_dir() and args.factory is not None:
         spec = args.factory
     return sources.load_model(spec, factory_args=args.factory_args).to(common.use_device(args.device))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..states import State, open_state
 from .geometry import Barrier, Geometry, barrier, geometry
+from .ingredients import twins
 from .mix import groups_of, layout_of
-from .recipes import Evaluate, _open, twins
+from .recipes import Evaluate, _open
 
 # Fine-tunes of one start hardly leave it: cosines of their weights stay above .9 (docs/soup-results.md has some), those of
 # networks trained from different starts are near 0 but for batch norm and biases, which all begin alike.

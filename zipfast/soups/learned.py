@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..features import batch_inputs, batch_labels, device_of, output_tensor
 from ..ops import multidot
+from .ingredients import twins
 from .mix import SHARD, blend_group, groups_of, layout_of, mix, read_group
-from .recipes import Soup, _open, provenance, twins
+from .recipes import Soup, _open, provenance
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .. import checkpoint
 from ..ops import blend_
 from ..ops.blend import FINITE
 from ..states import INDEXES, SINGLES, Entry, State, check_room, open_state, writing
+from .adapters import Adapter
 
 BUFFERS = 16 << 20  # bytes, for pieces of all models together: they stay in the cache between reading and writing
 SHARD = 5_000_000_000  # bytes, as Hugging Face cuts
@@ -78,6 +79,11 @@ def layout_of(
     """
     if not states:
         raise ValueError(f"{name}: at least one model is needed, got none")
+    if adapter := next((state for state in states if isinstance(state, Adapter)), None):
+        raise ValueError(
+            f"{name}: models must be whole checkpoints here, got the adapter {adapter.name}; uniform_soup and greedy_soup "
+            "take adapters, and zipfast.soups.adapted(base, adapter) makes a whole one"
+        )
     first, problems, notes = states[0], list[str](), [note for state in states for note in state.notes]
     for state in states[1:]:
         problems += _keys(first, state)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..states import State, open_state
-from .mix import SHARD, Layout, layout_of, mix, weights_of
+from .ingredients import Whole, gather
+from .mix import SHARD, weights_of
 
 Evaluate: TypeAlias = Callable[[dict[str, Tensor]], float]
 ACCEPT = ("gt", "ge")
 TIES = ("first", "reference")
-HASHED = 1 << 20  # bytes at a time
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Soup:
         score: of the soup by the callable given; None without one. scores: of the single models.
         tried: the steps of a greedy soup, in order.
         notes: what a user should know.
+        config: of PEFT, where the soup is an adapter; else None.
     """
 
     recipe: str
@@ -62,6 +62,7 @@ class Soup:
     scores: tuple[float, ...] = ()
     tried: tuple[Tried, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    config: dict[str, Any] | None = None
 
     @property
     def ingredients(self) -> list[int]:
@@ -87,16 +88,22 @@ def uniform_soup(
     int_policy: str = "equal",
     shard_bytes: int = SHARD,
     metadata: Mapping[str, Any] | None = None,
+    base: Any = None,
+    separate: bool = False,
 ) -> Soup:
     """The average, or a weighted sum, of checkpoints.
 
     Args:
-        sources: k checkpoints: paths, folders, state dicts, modules (:func:`zipfast.states.open_state`).
+        sources: k checkpoints: paths, folders, state dicts, modules (:func:`zipfast.states.open_state`); or k folders with
+            LoRA adapters of PEFT, whose changes are averaged exactly: the result is an adapter of summed rank.
         weights: one per source; by default all alike.
         normalize: divide by their sum.
         out: .safetensors file or folder to write to; None: keep the state dict.
         include, exclude, out_dtype, int_policy: see :func:`zipfast.soups.layout_of` and :func:`zipfast.soups.mix`.
         shard_bytes: of the files in a folder. metadata: kept in the files beside the provenance.
+        base: for adapters: the model that they change; the result is the whole model.
+        separate: for adapters: average A and B on their own instead. The rank stays, but the result is the average only
+            where all A, or all B, are equal; a note says how far off it is.
 
     Raises:
         ValueError: models that do not fit together (all problems in one message), values that are not finite, weights that
@@ -111,17 +118,20 @@ def uniform_soup(
 
     Reference: Wortsman et al. 2022 (model soups, arXiv 2203.05482), §2, Table 2.
     """
-    states = _open(sources)
-    layout = layout_of(states, include=include, exclude=exclude, out_dtype=out_dtype, name="uniform_soup")
-    column = weights_of(weights, len(states), normalize=normalize, name="uniform_soup")
-    notes = (*layout.notes, *twins(states, layout))
-    facts = {**(metadata or {}), **provenance("uniform", states, column)}
-    state = mix(
-        states, column, layout=layout, out=out, int_policy=int_policy, shard_bytes=shard_bytes, metadata=facts,
-        name="uniform_soup",
+    name = "uniform_soup"
+    count = 1 if isinstance(sources, (str, os.PathLike, Mapping)) else len(sources)
+    column = weights_of(weights, count, normalize=normalize, name=name) if count else None
+    kitchen = gather(
+        sources, base=base, separate=separate, weighted=column, include=include, exclude=exclude, out=out,
+        out_dtype=out_dtype, int_policy=int_policy, name=name,
     )  # fmt: skip
+    assert column is not None
+    states, twins = kitchen.states, kitchen.twins()
+    facts = {**(metadata or {}), **provenance("uniform", states, column)}
+    state = kitchen.mix(range(count), column, out=out, shard_bytes=shard_bytes, metadata=facts)
     path = None if out is None else os.fspath(out)
-    return Soup("uniform", tuple(column.tolist()), tuple(s.name for s in states), state, path, notes=notes)
+    names, notes = tuple(s.name for s in states), (*kitchen.notes, *twins)
+    return Soup("uniform", tuple(column.tolist()), names, state, path, notes=notes, config=kitchen.config)
 
 
 def wise_ft(
@@ -173,6 +183,7 @@ def greedy_soup(
     out_dtype: torch.dtype | None = None,
     int_policy: str = "equal",
     progress: Callable[[str, int], None] | None = None,
+    base: Any = None,
 ) -> Soup:
     """Add models to the average, the best first, and keep each only if the held-out score does not fall.
 
@@ -188,6 +199,7 @@ def greedy_soup(
         order: ``"score"`` or ``"random"`` (with `seed`; begins with the best all the same).
         journal: a .jsonl file of what was evaluated; a killed run begun again does not evaluate that again.
         out, include, exclude, out_dtype, int_policy: as there.
+        base: for adapters, as there; what is evaluated is then the whole model, and without it an adapter of scale 1.
         progress: called with ("soup", models tried).
 
     Returns:
@@ -212,10 +224,19 @@ def greedy_soup(
     for what, value, known in (("accept", accept, ACCEPT), ("ties", ties, TIES), ("order", order, ("score", "random"))):
         if value not in known:
             raise ValueError(f"{name}: '{what}' must be {' or '.join(known)}, got {value!r}")
-    states = _open(sources)
-    layout = layout_of(states, include=include, exclude=exclude, out_dtype=out_dtype, name=name)
-    memory = _Journal(journal, states)
-    alone = _scores(states, evaluate, scores, memory, progress)
+    kitchen = gather(
+        sources,
+        base=base,
+        include=include,
+        exclude=exclude,
+        out=out,
+        out_dtype=out_dtype,
+        int_policy=int_policy,
+        name=name,
+    )
+    states = kitchen.states
+    memory = _Journal(journal, kitchen)
+    alone = _scores(kitchen, evaluate, scores, memory, progress)
     best = max(range(len(states)), key=lambda i: alone[i] if ties == "first" else (alone[i], i))
     ranked = sorted(range(len(states)), key=lambda i: (-alone[i], i if ties == "first" else -i))
     if order == "random":
@@ -228,10 +249,7 @@ def greedy_soup(
     )
     for number, i in enumerate(ranked[1:], 2):
         members = [*soup, i]
-        chosen = [states[m] for m in members]
-        found, exact = memory.score(
-            members, partial(_evaluated, evaluate, chosen, layout, int_policy), score, accept == "ge"
-        )
+        found, exact = memory.score(members, partial(_evaluated, evaluate, kitchen, members), score, accept == "ge")
         stays = found > score or (accept == "ge" and found == score)
         tried.append(Tried(i, states[i].name, found, score, stays, exact))
         if stays:
@@ -241,23 +259,21 @@ def greedy_soup(
     weights = torch.zeros(len(states), dtype=torch.float64)
     weights[soup] = 1 / len(soup)
     facts = provenance("greedy", states, weights) | {"scores": alone, "score": score}
-    chosen = [states[i] for i in soup]
-    state = mix(
-        chosen, weights_of(None, len(soup), normalize=False, name=name), layout=layout, out=out, int_policy=int_policy,
-        metadata=facts, name=name,
-    )  # fmt: skip
-    notes = (*layout.notes, *twins(states, layout))
+    column = weights_of(None, len(soup), normalize=False, name=name)
+    state = kitchen.mix(soup, column, out=out, metadata=facts)
+    notes = (*kitchen.notes, *kitchen.twins())
     path = None if out is None else os.fspath(out)
     names = tuple(s.name for s in states)
-    return Soup("greedy", tuple(weights.tolist()), names, state, path, score, tuple(alone), tuple(tried), notes)
+    return Soup(
+        "greedy", tuple(weights.tolist()), names, state, path, score, tuple(alone), tuple(tried), notes, kitchen.config
+    )  # fmt: skip
 
 
 def _evaluated(
-    evaluate: Evaluate, members: Sequence[State], layout: Layout, int_policy: str, need: float | None, equal: bool
+    evaluate: Evaluate, kitchen: Whole, members: Sequence[int], need: float | None, equal: bool
 ) -> tuple[float, bool]:
     """The score of an average, and whether it is exact: an evaluator that can stops where `need` is out of reach."""
-    column = weights_of(None, len(members), normalize=False, name="greedy_soup")
-    state = mix(members, column, layout=layout, int_policy=int_policy, name="greedy_soup")
+    state = kitchen.mix(members, weights_of(None, len(members), normalize=False, name="greedy_soup"))
     assert state is not None
     if need is not None and hasattr(evaluate, "at_most"):
         score, exact = evaluate.at_most(state, need, equal=equal)
@@ -265,12 +281,12 @@ def _evaluated(
     return evaluate(state), True
 
 
-def _evaluated_alone(evaluate: Evaluate, state: State, need: float | None, equal: bool) -> tuple[float, bool]:
-    return evaluate(state.load()), True
+def _evaluated_alone(evaluate: Evaluate, kitchen: Whole, i: int, need: float | None, equal: bool) -> tuple[float, bool]:
+    return evaluate(kitchen.alone(i)), True
 
 
 def _scores(
-    states: Sequence[State],
+    kitchen: Whole,
     evaluate: Evaluate,
     scores: Sequence[float] | None,
     memory: _Journal,
@@ -278,12 +294,14 @@ def _scores(
 ) -> list[float]:
     if scores is not None:
         found = [float(score) for score in scores]
-        if len(found) != len(states) or not all(math.isfinite(score) for score in found):
-            raise ValueError(f"greedy_soup: 'scores' must be {len(states)} finite numbers, one per model, got {found}")
+        if len(found) != len(kitchen.states) or not all(math.isfinite(score) for score in found):
+            raise ValueError(
+                f"greedy_soup: 'scores' must be {len(kitchen.states)} finite numbers, one per model, got {found}"
+            )
         return found
     found = []
-    for i, state in enumerate(states):
-        found.append(memory.score([i], partial(_evaluated_alone, evaluate, state))[0])
+    for i in range(len(kitchen.states)):
+        found.append(memory.score([i], partial(_evaluated_alone, evaluate, kitchen, i))[0])
         if progress is not None:
             progress("models", i + 1)
     return found
@@ -292,12 +310,12 @@ def _scores(
 class _Journal:
     """Scores of averages that were evaluated, by the fingerprints of their members, one JSON line each."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, states: Sequence[State]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, kitchen: Whole) -> None:
         self.path = None if path is None else Path(path)
         self.known: dict[str, tuple[float, bool]] = {}
         if self.path is None:
             return
-        self.prints = [fingerprint(state) for state in states]
+        self.prints = kitchen.fingerprints()
         text = self.path.read_text() if self.path.is_file() else ""
         lines = text[: text.rfind("\n") + 1].splitlines()
         try:
@@ -345,35 +363,6 @@ def _open(sources: Sequence[Any]) -> list[State]:
     if isinstance(sources, (str, os.PathLike, Mapping)):
         sources = [sources]
     return [open_state(source, f"model {i}") for i, source in enumerate(sources)]
-
-
-def fingerprint(state: State) -> str:
-    """Names one set of weights: :func:`zipfast.checkpoint.state_hash`, cut to 16 letters, in the memory of one piece."""
-    digest = hashlib.sha256()
-    for key in sorted(state.entries):
-        entry = state.entries[key]
-        digest.update(f"{key}|{entry.dtype}|{entry.shape}|".encode())
-        step = HASHED // entry.dtype.itemsize
-        for start in range(0, entry.numel, step):
-            piece = state.read(key, start, start + step).contiguous()
-            digest.update(piece.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def twins(states: Sequence[State], layout: Layout) -> list[str]:
-    """A note for each pair of sources with the same weights: they count twice. Looked for where a first tensor is equal."""
-    if not layout.blended or len(states) < 2:
-        return []
-    key = max(layout.blended, key=lambda k: layout.entries[k].numel)
-    first: dict[bytes, int] = {}
-    found = []
-    for i, state in enumerate(states):
-        start = state.read(key, 0, 4096).contiguous()
-        data = bytes(start.view(torch.uint8).numpy().tobytes()) if start.numel() else b""
-        j = first.setdefault(data, i)
-        if j != i and fingerprint(state) == fingerprint(states[j]):
-            found.append(f"{state.name} holds the same weights as {states[j].name}: it counts twice")
-    return found
 
 
 def provenance(recipe: str, states: Sequence[State], weights: Tensor) -> dict[str, Any]:
