@@ -187,6 +187,21 @@ def test_names_exist(name: str) -> None:
         found(dotted)
 
 
+def test_citation_is_of_this_version_and_of_papers_that_are_used() -> None:
+    yaml = pytest.importorskip("yaml")
+    about = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert about["version"] == zipfast.__version__ and len(about["references"]) == 4
+    for paper in about["references"]:
+        title, number = (
+            paper["title"].split(":")[0].split("!")[0],
+            paper["identifiers"][0]["value"].removeprefix("arXiv:"),
+        )
+        row = next(line for line in PAGES["docs/papers.md"].splitlines() if number in line)
+        assert (
+            title in row and f" {paper['year']}" in row and row.startswith(f"| {paper['authors'][0]['family-names']} ")
+        )
+
+
 def test_every_function_of_the_papers_exists() -> None:
     rows = [
         line.split("|")[1:-1] for line in PAGES["docs/papers.md"].splitlines() if re.match(r"\| (?!paper|---)", line)

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "examples/README.md": "examples/index.md",
 }
 LINK = re.compile(r"(?<!!)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+HIDDEN = re.compile(r"<!-- (?:setup|needs:).*?-->\n*", re.DOTALL)  # for tests/test_docs.py
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):<code>~?([^<]*)</code>")
 SKIP = re.compile(r"<(pre|a|autoref|h[1-6])\b.*?</\1>", re.DOTALL)
 NAME = re.compile(r"<code>(zipfast(?:\.\w+)+)((?:\([^<]*\))?)</code>")
@@ -81,6 +82,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    markdown = HIDDEN.sub("", markdown)
     if NAMES in markdown:
         by_room: dict[str, list[str]] = {}
         for name, place in PUBLIC.items():
