@@ -58,7 +58,7 @@ check: native $(ENV)/.zipfast-check
 docs: | $(ENV)/bin/python
 	@$(PYTHON) -c "import mkdocs, material, mkdocstrings_handlers.python, latex2mathml" 2>/dev/null || \
 	  $(PYTHON) -m pip install -q $$($(PYTHON) tests/check/site_check.py)
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 	@echo build/site/index.html
 
 bench: native

@@ -184,7 +184,8 @@ def found(name: str) -> object:
 @pytest.mark.parametrize("name", [name for name, text in PAGES.items() if "`zipfast." in text])
 def test_names_exist(name: str) -> None:
     for dotted in set(re.findall(r"`(zipfast(?:\.\w+)+)", PAGES[name])):
-        found(dotted)
+        if not re.fullmatch(r"zipfast\.(json|ya?ml|toml)", dotted):  # files
+            found(dotted)
 
 
 def test_citation_is_of_this_version_and_of_papers_that_are_used() -> None:

@@ -23,8 +23,9 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "examples/README.md": "examples/index.md",
 }
-LINK = re.compile(r"(?<!!)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 HIDDEN = re.compile(r"<!-- (?:setup|needs:).*?-->\n*", re.DOTALL)  # for tests/test_docs.py
+MODULES = re.compile(r"<!-- modules: zipfast\.(\w+), filled in when the site is built -->")
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):<code>~?([^<]*)</code>")
 SKIP = re.compile(r"<(pre|a|autoref|h[1-6])\b.*?</\1>", re.DOTALL)
 NAME = re.compile(r"<code>(zipfast(?:\.\w+)+)((?:\([^<]*\))?)</code>")
@@ -82,7 +83,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    markdown = HIDDEN.sub("", markdown)
+    markdown = MODULES.sub(_modules, HIDDEN.sub("", markdown))
     if NAMES in markdown:
         by_room: dict[str, list[str]] = {}
         for name, place in PUBLIC.items():
@@ -95,12 +96,28 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    html = ROLE.sub(r"<code>\1</code>", html)
+    html = ROLE.sub(_role, html)
     parts, end = [], 0
     for skipped in SKIP.finditer(html):
         parts += [_linked(html[end : skipped.start()]), skipped[0]]
         end = skipped.end()
     return "".join([*parts, _linked(html[end:])])
+
+
+def _modules(found: re.Match[str]) -> str:
+    """A section for each module of a package that holds modules."""
+    modules = sorted(p.stem for p in (ROOT / "zipfast" / found[1]).iterdir() if p.stem[0] not in "_.")
+    full = [f"zipfast.{found[1]}.{module}" for module in modules]
+    return "\n\n".join(f"## {m} {{ #{m} }}\n\n::: {m}\n    options:\n      heading_level: 3" for m in full)
+
+
+def _role(found: re.Match[str]) -> str:
+    """A name in a docstring: a full one is linked with all others; a short one here, where it is public."""
+    name, _, rest = found[1].partition(".")
+    if name not in PUBLIC:
+        return f"<code>{found[1]}</code>"
+    place = ".".join(filter(None, [PUBLIC[name], rest]))
+    return f'<autoref identifier="{place}" optional><code>{found[1]}</code></autoref>'
 
 
 def _linked(html: str) -> str:

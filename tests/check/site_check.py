@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("merging", "ranking", "soups", "tickets", "ops")
+ROOMS = ("merging", "ranking", "soups", "tickets", "ops", "compat")
 MODULES = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers", "latex2mathml")
 # What a browser fetches by itself; a link that a reader may follow is no such thing.
 FETCHED = re.compile(

@@ -75,6 +75,7 @@ def load(name: str, *needed: str) -> ModuleType:
         ("[a](docs/merging.md#options)", "README.md", "index.md", "[a](merging.md#options)"),
         ("[a](CONTRIBUTING.md)", "README.md", "index.md", "[a](contributing.md)"),
         ("[a](../examples/rank_models.py)", "docs/ranking.md", "ranking.md", "[a](examples/index.md#rank_modelspy)"),
+        ("[ZipIt!](../docs/zipit-results.md)", "examples/README.md", "examples/index.md", "[ZipIt!](../zipit-results.md)"),
         ("[a](rank_models.py)", "examples/README.md", "examples/index.md", "[a](index.md#rank_modelspy)"),
         ("[a](../../README.md)", "docs/compat/zipit.md", "compat/zipit.md", "[a](../index.md)"),
         ("[a](https://arxiv.org) [b](#here)", "README.md", "index.md", "[a](https://arxiv.org) [b](#here)"),
