@@ -5,6 +5,7 @@ A page is every .md file under docs, README.md, CONTRIBUTING.md and examples/REA
 is for follows from its language:
 
 python              executed, from the top of the page to its end, in one namespace, in an empty folder, under a fixed seed
+py                  Python that needs what no test can have (downloads, hardware): compiled, not executed
 sh                  ``zipfast`` commands that are executed, in their order with the code, in the same folder
 anything else       shown only; but every ``zipfast`` command in it is parsed, so that no option in it has gone
 
@@ -72,6 +73,8 @@ def commands(block: Block) -> Iterator[tuple[int, list[str]]]:
         line += 1 + text.count("\0")
 
 
+# A language that is not known here would be forgotten.
+LANGUAGES = {"python", "py", "sh", "console", "text", "", "yaml", "toml", "json", "diff", "cpp", "bibtex"}
 RUN = [name for name, text in PAGES.items() if any(b.language in ("python", "sh") for b in blocks(text))]
 PARSED = [
     pytest.param(argv, id=f"{name}:{line}")
@@ -91,6 +94,17 @@ def test_blocks_and_commands_are_found() -> None:
     (torchrun,) = commands(Block("", "torchrun --nproc-per-node 2 -m zipfast zip a b\nzipfast --help\n", 1))
     assert torchrun == (1, ["zip", "a", "b"])
     assert len(RUN) >= 5 and len(PARSED) >= 8 and {*SETUP, *NUMBERS, *OPTIONS} <= set(PAGES)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_languages_say_what_is_executed(name: str) -> None:
+    assert {block.language for block in blocks(PAGES[name])} <= LANGUAGES
+    for block in blocks(PAGES[name]):
+        if block.language == "py":
+            compile("\n" * (block.line - 1) + block.code, str(ROOT / name), "exec")
+        assert block.language != "" or not re.search(r"^(import|from) \w+", block.code, re.MULTILINE), (
+            f"{name}:{block.line}"
+        )
 
 
 @pytest.fixture
