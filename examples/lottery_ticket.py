@@ -2,8 +2,8 @@
 """Find a tenth of a network that trains as well as the whole, and check that it was not luck.
 
 A perceptron on scikit-learn's digits is pruned in eight rounds; after each, the survivors go back to the weights that they
-started from and are trained again. Controls at the same density: other initial weights, a random mask, pruning at once. Ten
-seconds on one core; with --out, a run that is stopped goes on where it was.
+started from and are trained again. Controls at the same density: other initial weights, a random mask, pruning at once. Less
+than a minute on two cores; with --out, a run that is stopped goes on where it was.
 """
 
 import argparse

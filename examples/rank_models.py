@@ -2,7 +2,7 @@
 """Which of these networks should be fine-tuned? LogME's answer in one pass each, then the truth: all of them fine-tuned.
 
 The networks were trained on the digits 0 to 4; the new task is to tell 5 to 9 apart, with 150 labelled images.
-scikit-learn's digits; a quarter of a minute on one core.
+scikit-learn's digits; less than a minute on two cores.
 """
 
 import argparse

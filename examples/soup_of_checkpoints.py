@@ -2,7 +2,7 @@
 """Eight fine-tunes of one network, mixed into one: is the soup better than the best of them?
 
 A small VGG is trained on a few of scikit-learn's digits, then fine-tuned eight times on more, as a random search does. Runs
-and soups are chosen on held-out digits and compared on test digits, clean and noisy. A quarter of a minute on one core.
+and soups are chosen on held-out digits and compared on test digits, clean and noisy. Less than a minute.
 """
 
 import argparse
