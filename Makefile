@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | lottery | test | check | bench | gpu | dist.  Each is the one command needed on a fresh machine: an environment is
+# make demo | lottery | test | check | docs | bench | gpu | dist.  Each is the one command needed on a fresh machine: an environment is
 # made in .venv when none is active, and torch is installed only where there is none.
 BASE_PYTHON ?= python3
 ifneq ($(strip $(VIRTUAL_ENV)),)
@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 # a process a core, eight at most (each takes a gigabyte); blocks of neighbouring tests, as these share what they train
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo lottery test slow check bench gpu gpu-dry dist native clean
+.PHONY: help demo lottery test slow check docs bench gpu gpu-dry dist native clean
 help:
 	@echo "make demo   train two small networks, merge them, show the result (about a minute)"
 	@echo "make lottery  find lottery tickets on handwritten digits, draw the LeNet figures into lottery-out (minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make slow   the tests that take minutes"
 	@echo "make check  CUDA compiled and audited, sanitizers, race check, linters (needs nvcc)"
 	@echo "make dist   source archive and wheel, each tested in a clean environment; TORCH='2.13.0 2.10.0' for more versions"
+	@echo "make docs   the documentation as a site, build/site/index.html"
 	@echo "make bench  speed against the peers, into benches/results and docs/benchmarks.md"
 	@echo "make gpu    everything that needs an NVIDIA GPU; no network needed; ONLY='tests bench:moments' for parts"
 	@echo "make gpu-dry  the same steps without a GPU, small, on the emulator and the CPU: measures nothing"
@@ -59,6 +60,13 @@ check: native $(ENV)/.zipfast-check
 TORCH ?=
 dist: $(ENV)/.zipfast-dist
 	$(PYTHON) tests/check/dist.py $(TORCH:%=--torch %)
+
+# read from the sources: no torch, no compiler
+docs: | $(ENV)/bin/python
+	@$(PYTHON) -c "import mkdocs, material, mkdocstrings_handlers.python, latex2mathml" 2>/dev/null || \
+	  $(PYTHON) -m pip install -q $$($(PYTHON) tests/check/site_check.py)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+	@echo build/site/index.html
 
 bench: native
 	PYTHONPATH=. RESULTS=$(RESULTS) $(PYTHON) -m pytest -q benches

@@ -11,6 +11,8 @@ simd       the C++ product kernels for AVX2 and for the baseline, whatever this 
 seeds      the emulated CUDA kernels under several schedules
 sanitize   C++ kernels under address and undefined-behaviour sanitizers, with assertions on
 races      CUDA kernels on the emulator under the thread sanitizer
+docs       the site, built with warnings as errors: links, anchors, arguments that docstrings name; every public name is in
+           the reference, and nothing comes from elsewhere
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernels
+import site_check
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "check"
@@ -215,8 +218,21 @@ def races() -> None:
     pytest(place, OP_TESTS, "-k", EVERY_KERNEL, env=env)
 
 
+def docs() -> None:
+    # python -m: an environment that has the packages without their scripts serves as well
+    place = ROOT / "build" / "site"
+    if missing := site_check.missing():
+        raise SystemExit(f"{missing} is not installed; pip install 'zipfast[docs]' brings what the site needs")
+    run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "tests/check/test_site.py")
+    # not --quiet: what is not shown is not counted, and strict lets it pass
+    run(sys.executable, "-m", "mkdocs", "build", "--strict", "-d", place, env={"NO_MKDOCS_2_WARNING": "1"})
+    if wrong := site_check.problems(place):
+        raise SystemExit("\n".join(wrong))
+    print(f"    {place / 'index.html'}: {len(list(place.rglob('*.html')))} pages")
+
+
 STEPS: dict[str, Callable[[], object]] = {
-    f.__name__: f for f in (lint, cuda, load, symbols, install, simd, seeds, sanitize, races)
+    f.__name__: f for f in (lint, cuda, load, symbols, install, simd, seeds, sanitize, races, docs)
 }
 
 

@@ -16,7 +16,9 @@ from .repair import reestimate_batchnorm
 from .rules import UnknownOpError, rule
 from .spaces import Graph, find_spaces, part_of
 from .statistics import SpaceMoments, gather_moments
+from .sweep import plot_sweep, sweep
 from .taps import Tapped, features
+from .verify import Verification, verify
 from .weights import match_weights, weight_similarity
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Tapped",
     "UnknownOpError",
     "Use",
+    "Verification",
     "apply_groups",
     "cuts",
     "extend",
@@ -51,10 +54,13 @@ __all__ = [
     "merge",
     "part_of",
     "permute",
+    "plot_sweep",
     "random_permutations",
     "reestimate_batchnorm",
     "resolve_cut",
     "rule",
+    "sweep",
     "update_all",
+    "verify",
     "weight_similarity",
 ]

@@ -21,6 +21,7 @@ from ._paths import AUTO, Paths
 NAMESPACE = "zipfast"
 BACKENDS = ("torch", "cpu", "cuda", "emu")
 OPS: dict[str, Op] = {}
+"""Every operator, by name."""
 
 _library = torch.library.Library(NAMESPACE, "DEF")  # module level: a Library that is collected takes its ops along
 _emu_library: torch.library.Library | None = None

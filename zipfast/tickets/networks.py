@@ -397,3 +397,4 @@ PRESETS: dict[str, Preset] = {
         _warm(_VGG_19, 0.1, 10_000),
     )
 }
+"""Networks of the papers and how they are trained, by name, each number with its source."""
