@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names and results that other tools already call; one module per tool."""
 
-from . import open_lth, prune, zipit
+from . import open_lth, prune, swa, zipit
 
-__all__ = ["open_lth", "prune", "zipit"]
+__all__ = ["open_lth", "prune", "swa", "zipit"]
