@@ -15,6 +15,7 @@ import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
 
 import zipfast.compat.prune as prune
+from zipfast.compat import _kept
 from zipfast.tickets import Masks
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compat" / "prune.md"
@@ -330,8 +331,49 @@ def test_masks_are_those_of_tickets(tmp_path: Path) -> None:
         ValueError, match=r"apply_masks: the masks must be those of this network, got no 'conv\.weight'"
     ):
         prune.apply_masks(nn.Linear(2, 2), found)
-    with pytest.raises(ValueError, match="masks: 'module' must be pruned, got one that is not"):
+    with pytest.raises(ValueError, match="masks: 'source' must be pruned, got one that is not"):
         prune.masks(network())
+
+
+def test_masks_travel_with_states(tmp_path: Path) -> None:
+    """As torch's do: a script that calls identity and loads a checkpoint goes on with the masks of that checkpoint."""
+    model = network()
+    prune.global_unstructured(pairs(model), prune.L1Unstructured, amount=0.5)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert set(state) == set(network().state_dict()) and prune.masks(state) == prune.masks(model)
+    fresh = network(1)
+    for module, name in pairs(fresh):
+        prune.identity(module, name)
+    fresh.load_state_dict(state)
+    assert prune.masks(fresh) == prune.masks(model)
+    prune.l1_unstructured(fresh.conv, "weight", 0.5)
+    fresh.load_state_dict(model.state_dict())  # the masks of that time, too
+    assert prune.masks(fresh) == prune.masks(model)
+    dense = network(2).state_dict()
+    fresh.load_state_dict(dense)  # of a network that is not pruned: masks stay, what is dead is 0
+    assert (
+        prune.masks(fresh) == prune.masks(model)
+        and (fresh.conv.weight == 0).any()
+        and not (dense["conv.weight"] == 0).any()
+    )
+    again = network(3)
+    again.load_state_dict(state)  # where nothing is pruned, they are not looked at
+    assert not prune.is_pruned(again)
+    assert prune.masks(prune.apply_masks(again, prune.masks(state))) == prune.masks(model)
+
+    metadata = state._metadata["conv"][_kept.METADATA]
+    whole = metadata["weight"]
+    for bits, message in (
+        (whole[:32], r"must be the packed bits of \[6, 3, 3, 3\], got torch.uint8 \[32\]"),
+        (None, r"must be the packed bits of \[6, 3, 3, 3\], got NoneType"),
+        (torch.full_like(whole, 255), r"must be .* got some behind the last of its 162 weights"),
+    ):
+        metadata["weight"] = bits
+        with pytest.raises(RuntimeError, match=r"load_state_dict: the mask of 'conv.weight' " + message):
+            fresh.load_state_dict(state)
+        with pytest.raises(ValueError, match=r"masks: the mask of 'conv.weight' " + message):
+            prune.masks(state)
 
 
 def test_states_of_torch_are_read(tmp_path: Path) -> None:
@@ -356,7 +398,7 @@ def test_states_of_torch_are_read(tmp_path: Path) -> None:
     assert torch.equal(ours(x), theirs(x))
 
     half = {**theirs.state_dict(), "conv.weight_mask": torch.full((6, 3, 3, 3), 0.5)}
-    with pytest.raises(RuntimeError, match=r"'conv\.weight_mask' must hold 0 and 1 only"):
+    with pytest.raises(RuntimeError, match=r"load_state_dict: the mask of 'conv\.weight' must hold 0 and 1 only"):
         ours.load_state_dict(half)
     with pytest.raises(ValueError, match=r"from_torch: 'conv\.weight_mask' must hold 0 and 1 only"):
         prune.from_torch(half)

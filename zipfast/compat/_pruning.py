@@ -22,7 +22,7 @@ from ..ops import threshold
 from ..ops._check import FLOATING
 from ..ops._mask import pack, popcount, unpack
 from ..ops.threshold import FINITE
-from ._kept import KEPT, Kept, check_parameter, current, dress, kept_of, packed
+from ._kept import Kept, check_parameter, current, dress, guard_of, kept_of, packed
 
 
 class BasePruningMethod(ABC):
@@ -266,7 +266,7 @@ def scores_of(t: Tensor, given: Tensor | None, name: str) -> Tensor:
 def prior_bits(module: nn.Module, name: str, parameter: nn.Parameter) -> Tensor | None:
     """The bits so far, with the parameter masked by them; None where it is not pruned."""
     own = kept_of(module).get(name)
-    kept = KEPT.get(parameter, own)
+    kept = guard_of(parameter) or own
     if kept is None:
         return None
     kept.settle(parameter)

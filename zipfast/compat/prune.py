@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..states import open_state
 from ..tickets.masks import Masks
-from ._kept import check_parameter, current, kept_of, packed, settle_all
+from ._kept import METADATA, check_bits, check_parameter, current, kept_of, packed, pairs_of, settle_all
 from ._pruning import (
     BasePruningMethod,
     CustomFromMask,
@@ -197,29 +197,38 @@ def is_pruned(module: nn.Module) -> bool:
 def refresh(module: nn.Module) -> None:
     """Mask all pruned parameters now: after they were written through ``.data``, which leaves no trace."""
     for m in module.modules():
-        settle_all(
-            [(p, current(p, kept)) for name, kept in kept_of(m).items() if (p := m._parameters[name]) is not None]
-        )
+        settle_all(pairs_of(m))
 
 
-def masks(module: nn.Module) -> Masks:
+def masks(source: nn.Module | Mapping[str, Tensor]) -> Masks:
     """The masks of everything that is pruned, as :class:`zipfast.tickets.Masks`: to count, compare and save.
 
+    Args:
+        source: a module; or the state dict of one, which carries them in its metadata (through ``copy.deepcopy`` and
+            ``torch.save``, but not through other formats).
+
     Raises:
-        ValueError: nothing is pruned.
+        ValueError: nothing is pruned, or the metadata are damaged.
     """
     bits: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    seen = set[int]()
-    for prefix, m in module.named_modules():
-        for name, kept in kept_of(m).items():
-            parameter = m._parameters[name]
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
+    if not isinstance(source, nn.Module):
+        for prefix, about in getattr(source, "_metadata", {}).items():
+            for name, own in about.get(METADATA, {}).items():
                 full = f"{prefix}.{name}" if prefix else name
-                bits[full], shapes[full] = current(parameter, kept).bits.cpu(), tuple(kept.shape)
+                shapes[full] = tuple(source[full].shape)
+                bits[full] = check_bits(own, shapes[full], f"masks: the mask of {full!r}")
+    else:
+        seen = set[int]()
+        for prefix, m in source.named_modules():
+            for name, kept in kept_of(m).items():
+                parameter = m._parameters[name]
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    full = f"{prefix}.{name}" if prefix else name
+                    bits[full], shapes[full] = current(parameter, kept).bits.cpu(), tuple(kept.shape)
     if not bits:
-        raise ValueError("masks: 'module' must be pruned, got one that is not")
+        raise ValueError("masks: 'source' must be pruned, got one that is not")
     return Masks(bits, shapes, {"rule": "prune"})
 
 
