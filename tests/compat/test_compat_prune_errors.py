@@ -81,6 +81,7 @@ ERRORS: list[tuple[Callable[[Any, nn.Module], Any], type, str, bool]] = [  # the
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("case", ERRORS, ids=range(len(ERRORS)))
 def test_errors(case: tuple[Callable[[Any, nn.Module], Any], type, str, bool]) -> None:
     call, kind, message, same = case

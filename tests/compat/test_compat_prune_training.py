@@ -216,6 +216,17 @@ def test_a_layer_called_twice_in_one_pass() -> None:
     assert not model.weight.grad[model.weight_mask == 0].any()
 
 
+def test_masking_between_forward_and_backward_leaves_the_graph_alone() -> None:
+    model, x = layer(), torch.ones(2, 6, requires_grad=True)
+    out = model(x)
+    model.state_dict()
+    prune.refresh(model)
+    model.eval()
+    model(x)  # masked again, as after eval()
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, model.weight.detach().sum(0).expand(2, 6))
+
+
 def test_frozen_and_thawed() -> None:
     model = nn.Linear(6, 6).requires_grad_(False)
     prune.l1_unstructured(model, "weight", 0.5)
@@ -263,6 +274,11 @@ def test_a_resized_layer_is_refused() -> None:
         ValueError, match=r"'weight' must keep the shape \[6, 6\] of its mask, got \[6, 7\]; call remove"
     ):
         model(torch.ones(1, 7))
+    model = layer()
+    model.weight.data = torch.ones(3, 6)
+    for call in (lambda: model(torch.ones(1, 6)), model.train, model.state_dict, lambda: prune.refresh(model)):
+        with pytest.raises(ValueError, match=r"'weight' must keep the shape \[6, 6\] of its mask, got \[3, 6\]"):
+            call()
 
 
 # ------------------------------------------------------------------------------------------------ copies, files, devices

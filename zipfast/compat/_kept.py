@@ -72,6 +72,13 @@ class Kept:
         """Another mask from now on."""
         self.bits, self.near, self.settled = bits, {}, False
 
+    def check_shape(self, parameter: Tensor) -> None:
+        if parameter.shape != self.shape:
+            raise ValueError(
+                f"prune: {self.name!r} must keep the shape {list(self.shape)} of its mask, got {list(parameter.shape)}; "
+                "call remove before a layer is resized"
+            )
+
     def dense(self, like: Tensor) -> Tensor:
         """0 and 1 in the dtype, and on the device, of a weight."""
         return unpack(self.on(like.device), self.shape).to(like.dtype)
@@ -79,11 +86,7 @@ class Kept:
     def adopt(self, parameter: nn.Parameter) -> None:
         """Guard this parameter: its gradient, and the steps of whatever optimises it."""
         if guard_of(parameter) is not self:
-            if parameter.shape != self.shape:
-                raise ValueError(
-                    f"prune: {self.name!r} must keep the shape {list(self.shape)} of its mask, got "
-                    f"{list(parameter.shape)}; call remove before a layer is resized"
-                )
+            self.check_shape(parameter)
             self.release()
             other = guard_of(parameter)
             if other is not None:
@@ -115,6 +118,7 @@ class Kept:
 
     def settle(self, parameter: Tensor) -> None:
         """Mask the weights now."""
+        self.check_shape(parameter)
         apply_bits_([parameter.data], [self.on(parameter.device)])
         self.settled, self.seen = True, _state(parameter)
 
@@ -175,6 +179,7 @@ def settle_all(pairs: Iterable[tuple[Tensor, Kept]]) -> None:
     """Mask many parameters: one pass for each device."""
     by_device: dict[torch.device, list[tuple[Tensor, Kept]]] = {}
     for parameter, kept in pairs:
+        kept.check_shape(parameter)
         by_device.setdefault(parameter.device, []).append((parameter, kept))
     for device, group in by_device.items():
         apply_bits_([p.data for p, _ in group], [kept.on(device) for _, kept in group])

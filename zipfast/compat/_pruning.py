@@ -89,7 +89,7 @@ class BasePruningMethod(ABC):
         method._tensor_name = name
         score = scores_of(parameter, importance_scores, name)
         prior = prior_bits(module, name, parameter)
-        return install(module, name, parameter, method, choose(method, [score], [prior])[0])
+        return install(module, name, parameter, method, choose(method, [score], [prior], parameter.dtype)[0])
 
     def prune(self, t: Tensor, default_mask: Tensor | None = None, importance_scores: Tensor | None = None) -> Tensor:
         """`t` with what this method prunes set to 0, as a new tensor."""
@@ -302,8 +302,10 @@ def install(
     return hook
 
 
-def choose(method: Any, scores: list[Tensor], prior: list[Tensor | None], together: bool = False) -> list[Tensor]:
-    """The new bits of each tensor: ranked together, or the one there is."""
+def choose(
+    method: Any, scores: list[Tensor], prior: list[Tensor | None], dtype: torch.dtype, together: bool = False
+) -> list[Tensor]:
+    """The new bits of each tensor: ranked together, or the one there is; `dtype` is that of dense masks."""
     if type(method) in (L1Unstructured, torch_prune.L1Unstructured):
         wide = scores[0].dtype
         for t in scores[1:]:
@@ -313,7 +315,9 @@ def choose(method: Any, scores: list[Tensor], prior: list[Tensor | None], togeth
         alive = sum(map(popcount, bits)) if bits else sum(t.numel() for t in scores)
         return _threshold(ranked, bits, _count(method.amount, alive))
     first = all(b is None for b in prior)
-    default = [torch.ones_like(t) if b is None else unpack(b, t.shape).to(t.dtype) for t, b in zip(scores, prior)]
+    default = [
+        torch.ones_like(t, dtype=dtype) if b is None else unpack(b, t.shape).to(dtype) for t, b in zip(scores, prior)
+    ]
     score, mask = scores[0], default[0]
     if together:
         score, mask = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (scores, default))

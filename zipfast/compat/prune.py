@@ -169,7 +169,7 @@ def global_unstructured(
     once = list({id(p): (module, name, p) for module, name, p in reversed(pairs)}.values())[::-1]
     given = importance_scores or {}
     scores = [scores_of(p, given.get((module, name)), name) for module, name, p in once]
-    found = choose(method, scores, [prior_bits(module, name, p) for module, name, p in once], together=True)
+    found = choose(method, scores, [prior_bits(module, name, p) for module, name, p in once], once[0][2].dtype, True)
     by_id = {id(p): bits for (_, _, p), bits in zip(once, found)}
     for module, name, p in pairs:
         install(module, name, p, named(CustomFromMask(None), name), by_id[id(p)])
