@@ -15,6 +15,7 @@ import torch
 import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import zipfast.compat.prune as prune
 from zipfast.compat import _kept
@@ -225,6 +226,15 @@ def test_masking_between_forward_and_backward_leaves_the_graph_alone() -> None:
     model(x)  # masked again, as after eval()
     out.sum().backward()
     torch.testing.assert_close(x.grad, model.weight.detach().sum(0).expand(2, 6))
+
+
+def test_mixed_precision_and_checkpointed_passes() -> None:
+    model, x = nn.Sequential(layer(), nn.ReLU(), layer()), torch.ones(2, 6, requires_grad=True)
+    for reentrant in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    for each in (model[0], model[2]):
+        assert each.weight.grad.any() and not each.weight.grad[each.weight_mask == 0].any()
 
 
 def test_frozen_and_thawed() -> None:
