@@ -182,18 +182,32 @@ def test_what_is_ranked_is_the_weight_now() -> None:
     assert found == {torch_prune.__name__: [[1, 1, 0, 0]], prune.__name__: [[0, 1, 1, 0]]}
 
 
+def test_what_is_ranked_is_masked() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, 1, 9], [2, 2, 2], [3, 3, 3]]))
+    prune.custom_from_mask(layer, "weight", torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]]))
+    layer.weight.data[0, 2] = 9  # unseen, and yet not counted
+    prune.ln_structured(layer, "weight", 1, n=2, dim=0)
+    assert layer.weight_mask.sum(1).tolist() == [0, 3, 3]
+
+
 def test_generators_and_parameters_given_twice() -> None:
-    model, theirs = network(), network()
+    model, again, theirs = network(), network(), network()
     with pytest.raises((ValueError, RuntimeError)):  # it goes over them three times
-        torch_prune.global_unstructured((pair for pair in pairs(theirs)), torch_prune.L1Unstructured, amount=0.5)
-    prune.global_unstructured((pair for pair in pairs(model)), prune.L1Unstructured, amount=0.5)
-    assert prune.masks(model).alive == prune.masks(_twice()).alive
+        torch_prune.global_unstructured((pair for pair in pairs(theirs)), torch_prune.L1Unstructured, amount=101)
+    prune.global_unstructured((pair for pair in pairs(model)), prune.L1Unstructured, amount=101)
+    prune.global_unstructured([*pairs(again), *pairs(again)], prune.L1Unstructured, amount=101)
+    assert prune.masks(model) == prune.masks(again)
+    found = prune.masks(model)
+    assert sum(found.alive.values()) == sum(found.sizes.values()) - 101
 
 
-def _twice() -> nn.Sequential:
-    model = network()
-    prune.global_unstructured([*pairs(model), *pairs(model)], prune.L1Unstructured, amount=0.5)
-    return model
+def test_masks_that_are_given_are_not_kept() -> None:
+    layer = nn.Linear(2, 2)
+    prune.custom_from_mask(layer, "weight", torch.eye(2))
+    prune.custom_from_mask(layer, "weight", torch.ones(2, 2))
+    (container,) = layer._forward_pre_hooks.values()
+    assert [method.mask for method in container] == [None, None] and layer.weight_mask.sum() == 2
 
 
 def test_shared_weights_stay_shared() -> None:
@@ -289,8 +303,19 @@ def test_methods_of_ones_own_see_what_is_left() -> None:
     with pytest.raises(RuntimeError, match="shape mismatch"):  # of torch, in the second round: nothing is changed
         Returns.apply(layer, "weight", torch.ones(7))
     assert torch.equal(layer.weight, before) and len(layer._forward_pre_hooks) == 1
+
+    class All(Returns):
+        PRUNING_TYPE = "global"
+
+        def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+            assert (t.dtype, default_mask.dtype) == (torch.int64, torch.float32)
+            return self.mask
+
+    scores = torch.ones(4, 5, dtype=torch.int64)
+    All.apply(layer, "weight", torch.ones(4, 5), importance_scores=scores)  # what is pruned stays pruned
+    assert layer.weight_mask.sum() == 12
     everything = Returns.apply(layer, "weight", torch.ones(12))  # ones: nothing more is pruned, nothing comes back
-    assert layer.weight_mask.sum() == 12 and len(everything) == 3
+    assert layer.weight_mask.sum() == 12 and len(everything) == 4
 
 
 def test_remove_and_is_pruned() -> None:
