@@ -312,6 +312,7 @@ def test_methods_of_ones_own_see_what_is_left() -> None:
             return self.mask
 
     scores = torch.ones(4, 5, dtype=torch.int64)
+    All.apply(nn.Linear(5, 4), "weight", torch.ones(4, 5), importance_scores=scores)
     All.apply(layer, "weight", torch.ones(4, 5), importance_scores=scores)  # what is pruned stays pruned
     assert layer.weight_mask.sum() == 12
     everything = Returns.apply(layer, "weight", torch.ones(12))  # ones: nothing more is pruned, nothing comes back
