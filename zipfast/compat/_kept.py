@@ -302,7 +302,8 @@ def _orig_property(name: str) -> property:
     def get(self: Any) -> Tensor:
         parameter = self._parameters[name]
         current(parameter, kept_of(self)[name]).settled = False  # whoever asks for it may write to it
-        return parameter
+        result: Tensor = parameter
+        return result
 
     return property(get, doc=f"The parameter `{name}` itself.")
 

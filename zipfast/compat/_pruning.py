@@ -292,7 +292,7 @@ def install(
             del old._kept
             for key in [key for key, own in module._forward_pre_hooks.items() if own is old]:
                 module._forward_pre_hooks[key] = hook
-        hook.add_pruning_method(method)  # type: ignore[attr-defined]
+        hook.add_pruning_method(method)
         hook._kept = kept
         kept.set(bits)
     dress(module)
@@ -369,7 +369,8 @@ def _threshold(scores: list[Tensor], bits: list[Tensor], count: int) -> list[Ten
         if place != FINITE:
             where = f" of tensor {j}" if len(scores) > 1 else ""
             raise ValueError(f"prune: scores must be numbers, got NaN at flat index {place}{where}")
-    return kept
+    result: list[Tensor] = kept
+    return result
 
 
 def _without_lowest(score: Tensor, count: int) -> Tensor:
@@ -426,4 +427,5 @@ def _compute_nparams_toprune(amount: Any, tensor_size: int) -> int:
 
 
 def _compute_norm(t: Tensor, n: Any, dim: int) -> Tensor:
-    return torch.norm(t, p=n, dim=[d for d in range(t.dim()) if d != dim % t.dim()])
+    result: Tensor = torch.norm(t, p=n, dim=[d for d in range(t.dim()) if d != dim % t.dim()])
+    return result
