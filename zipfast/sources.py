@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from . import checkpoint
 from .features import batch_inputs
+from .states import foreign_weights
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -316,7 +317,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             files = sorted({Path(file).name for file in shards})  # an index cannot point outside the folder
         if files:
             return {key: tensor for file in files for key, tensor in checkpoint.load(folder / file).items()}
-    raise FileNotFoundError(f"load_model: no model.safetensors or pytorch_model.bin, nor shards of them, in {folder}")
+    more = foreign_weights(folder)
+    raise FileNotFoundError(
+        f"load_model: no model.safetensors or pytorch_model.bin, nor shards of them, in {folder}{more}"
+    )
 
 
 def _load_folder(folder: Path) -> nn.Module:

@@ -33,6 +33,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100 << 20  # bytes; safetensors' own limit
 PICKLES = (".pt", ".pth", ".bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+#: weights of other frameworks, by the names that are in use for them
+FOREIGN = {
+    "TensorFlow": ("*.h5", "*.keras", "*.pb", "*.ckpt.index", "*.tflite"), "Flax": ("*.msgpack",), "ONNX": ("*.onnx",),
+    "llama.cpp": ("*.gguf", "*.ggml"), "NumPy": ("*.npy", "*.npz"),
+}  # fmt: skip
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -50,6 +55,24 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+
+def foreign_weights(path: str | os.PathLike[str]) -> str:
+    """What a message adds on a file, or a folder with a file, of another framework; empty for any other.
+
+    >>> foreign_weights("tf_model.h5")
+    ' (tf_model.h5 is of TensorFlow: convert it to PyTorch in the library that wrote it, and save that as .safetensors)'
+    """
+    where = Path(path)
+    files = sorted(where.iterdir()) if where.is_dir() else [where]
+    for framework, patterns in FOREIGN.items():
+        for file in files:
+            if any(file.match(pattern) for pattern in patterns):
+                return (
+                    f" ({file.name} is of {framework}: convert it to PyTorch in the library that wrote it, and save that as "
+                    ".safetensors)"
+                )
+    return ""
 
 
 class State:
@@ -133,7 +156,10 @@ def open_state(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
         for single in SINGLES:
             if (path / single).is_file():
                 return open_state(path / single)
-        raise FileNotFoundError(f"open_state: {path} must hold {', '.join((*SINGLES, *INDEXES))}, got none of them")
+        foreign = foreign_weights(path)
+        raise FileNotFoundError(
+            f"open_state: {path} must hold {', '.join((*SINGLES, *INDEXES))}, got none of them{foreign}"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"open_state: no checkpoint at {path}")
     if path.name.endswith(".index.json"):
@@ -142,7 +168,8 @@ def open_state(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
         return _Safetensors(path)
     if path.suffix in PICKLES:
         return _Pickle(path)
-    raise ValueError(f"open_state: {path} must end in .safetensors, {', '.join(PICKLES)}, got {path.suffix!r}")
+    seen = f"{path.suffix!r}{foreign_weights(path)}"
+    raise ValueError(f"open_state: {path} must end in .safetensors, {', '.join(PICKLES)}, got {seen}")
 
 
 class _Memory(State):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import checkpoint, distributed
 from .._version import __version__
 from ..features import output_tensor
+from ..pretrained import save_pretrained
 from .apply import apply_groups, check_weights
 from .assign import Method, PerSpace, match_spaces, spaces_named
 from .common import Common, common_graph
@@ -75,6 +76,31 @@ class Merged:
             self.module.save(path, whole)
         else:
             checkpoint.save(path, self.state_dict, whole)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        source: str | Path | None = None,
+        processor: Any = None,
+        max_shard_size: int | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Write a merged model of transformers as a folder that ``from_pretrained`` loads; arguments, result and errors as
+        of :func:`zipfast.pretrained.save_pretrained`. Plan, options and `metadata` go into zipfast.json beside it.
+
+        Raises:
+            TypeError: a result of several networks, or one that is not of transformers; :meth:`save` writes those.
+        """
+        if isinstance(self.module, (MultiHead, LogitEnsemble)):
+            raise TypeError(
+                f"save_pretrained: the result must be one whole network, got a {type(self.module).__name__}, which no "
+                "config.json can say; use save, and for a partial zip zipfast.MultiHead.load"
+            )
+        whole = {"options": dict(self.options), "plan": self.plan.to_json(), **(metadata or {})}
+        return save_pretrained(
+            self.module, folder, source=source, processor=processor, max_shard_size=max_shard_size, facts=whole
+        )
 
 
 def merge(
