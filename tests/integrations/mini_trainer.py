@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,3 +197,13 @@ TRAINERS = {"mini": MiniTrainer, "transformers": real_trainer}
 
 def read_state(folder: Path, step: int) -> dict[str, Any]:
     return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+
+
+@pytest.fixture(name="start", params=list(TRAINERS))
+def start_fixture(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """``start(folder, callbacks, net, **options)``: a trainer."""
+
+    def make(folder: Path, callbacks: list[Any], net: nn.Module | None = None, **options: Any) -> Any:
+        return TRAINERS[request.param](folder, callbacks, options, model() if net is None else net)
+
+    return make

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from mini_trainer import TRAINERS, KillAt, Killed, TrainerCallback, model, read_state
+from mini_trainer import KillAt, Killed, TrainerCallback, model, read_state, start_fixture  # noqa: F401
 from torch import nn
 
 import zipfast
@@ -19,16 +19,6 @@ from zipfast.integrations.transformers import TicketCallback
 from zipfast.tickets import gradual
 
 Start = Callable[..., Any]
-
-
-@pytest.fixture(params=list(TRAINERS))
-def start(request: pytest.FixtureRequest) -> Start:
-    """``start(folder, callbacks, net, **options)``: a trainer."""
-
-    def make(folder: Path, callbacks: list[Any], net: nn.Module | None = None, **options: Any) -> Any:
-        return TRAINERS[request.param](folder, callbacks, options, model() if net is None else net)
-
-    return make
 
 
 def sparse(net: nn.Module, amount: float = 0.6) -> zipfast.Masks:
