@@ -174,7 +174,7 @@ def test_a_greedy_soup_of_shards_and_files_loads(tmp_path: Path) -> None:
 def test_the_config_says_the_dtype(tmp_path: Path) -> None:
     folders = saved(tmp_path, "vit")
     zipfast.uniform_soup(folders, out=tmp_path / "soup", out_dtype=torch.bfloat16)
-    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "soup", dtype="auto")
+    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "soup", torch_dtype="auto")
     assert loaded.dtype == torch.bfloat16
     entries = json.loads((tmp_path / "soup" / "config.json").read_text())
     assert {entries[name] for name in ("dtype", "torch_dtype") if name in entries} == {"bfloat16"}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import zipfast
-from zipfast.integrations._optional import WINDOWS, numbers_of, optional
+from zipfast.optional import WINDOWS, numbers_of, optional
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 if numbers_of(sklearn.__version__) < (1, 6):

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ..optional import optional
 from ..ranking import Basis
 from ..ranking import evidence as ev
 from ..ranking.targets import Task
-from ._optional import optional
 
 optional("scikit-learn", "zipfast.integrations.sklearn")
 

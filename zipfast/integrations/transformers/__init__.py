@@ -2,7 +2,7 @@
 """zipfast in the ``Trainer`` of transformers: tickets, LogME of a run, and a greedy soup as training goes.
 
 What a callback has to remember travels in the checkpoint's own trainer_state.json, so that a resumed run is the run that was
-not interrupted; scoring and souping take no random number from the training. Needs transformers >= 4.46, < 6; the Trainer
+not interrupted; scoring and souping take no random number from the training. Needs transformers >= 4.57, < 6; the Trainer
 itself needs accelerate.
 """
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ...features import device_of, evaluating
-from .._optional import optional
+from ...optional import optional
 
-optional("transformers", "zipfast.integrations.transformers")
+OLDEST = "4.57"  # whose events these are, and whose checkpoints torch >= 2.10 resumes
+optional("transformers", "zipfast.integrations.transformers", least=OLDEST)
 
 from transformers import TrainerCallback  # noqa: E402
 
