@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import checkpoint
-from .states import INDEXES, SINGLES
+from .states import INDEXES, PICKLES, SINGLES
 
 CONFIG = "config.json"
 #: what stands beside the weights: all else in a folder (training state, code, a model card of another model) stays there
@@ -89,6 +89,16 @@ def _with_dtype(file: Path, data: bytes, dtype: torch.dtype) -> bytes:
     return (json.dumps(entries, indent=2, sort_keys=True) + "\n").encode()
 
 
+def is_pretrained(model: Any) -> bool:
+    """Whether a module is a model of transformers, or like one: it has a configuration and writes itself."""
+    return callable(getattr(model, "save_pretrained", None)) and hasattr(model, "config")
+
+
+def wants_folder(path: str | os.PathLike[str], model: Any) -> bool:
+    """Whether a result goes into a folder by its path: neither .safetensors nor a pickle, of a model of transformers."""
+    return is_pretrained(model) and Path(path).suffix not in (".safetensors", *PICKLES)
+
+
 def save_pretrained(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -117,7 +127,7 @@ def save_pretrained(
 
     Cost: the weights are written once, as safetensors.
     """
-    if not (callable(getattr(model, "save_pretrained", None)) and hasattr(model, "config")):
+    if not is_pretrained(model):
         kind = type(model).__name__
         raise TypeError(
             f"save_pretrained: 'model' must be a model of transformers, got a {kind}; save others with save or torch.save"

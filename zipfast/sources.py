@@ -356,6 +356,7 @@ def _load_folder(folder: Path) -> nn.Module:
         raise ValueError(f"load_model: {folder} cannot be loaded as {cls.__name__} ({_line(e)})") from e
     shapes = [(key, wanted, got) for key, got, wanted in sorted(info["mismatched_keys"])]
     _check_fit(folder, cls.__name__, sorted(info["missing_keys"]), (), shapes)
+    module.config._name_or_path = str(folder)  # as from_pretrained of a folder has it: where its tokenizer is
     return module
 
 

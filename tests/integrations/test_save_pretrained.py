@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,3 +250,31 @@ def test_weights_of_other_frameworks(name: str, framework: str, tmp_path: Path) 
         FileNotFoundError, match=rf"load_model: no model.safetensors .* \({name} is of {framework}: convert"
     ):
         zipfast.ranking.load_candidate(str(folder))
+
+
+def test_out_may_be_a_folder(tmp_path: Path) -> None:
+    from zipfast.commands.zip import _check_out
+
+    folders = saved(tmp_path, "vit")
+    models = [zipfast.ranking.load_candidate(str(folder)) for folder in folders]
+    data = [inputs("vit", seed)["pixel_values"] for seed in range(2)]
+    merged = zipfast.merge(models, (data[0],), data, out=tmp_path / "merged-1.0")
+    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "merged-1.0").eval()
+    assert torch.equal(logits(loaded, inputs("vit", 9)), logits(merged.module, inputs("vit", 9)))
+    assert (
+        tmp_path / "merged-1.0" / "vocab.txt"
+    ).read_text() == "vocab.txt of run 0"  # of the folder it was loaded from
+    facts = json.loads((tmp_path / "merged-1.0" / "zipfast.json").read_text())
+    assert len(facts["options"]["inputs"]) == 2
+    for name in ("merged.pt", "merged.bin"):
+        with pytest.raises(ValueError, match=rf"save: 'path' must end in .safetensors, got '.*{name}'"):
+            zipfast.merge(models, (data[0],), data, out=tmp_path / name)
+    with pytest.raises(ValueError, match=r"save: 'path' must end in .safetensors, got '.*plain'"):
+        zipfast.merge([zoo.mlp(4, [5], 2)] * 2, (torch.ones(2, 4),), [torch.ones(2, 4)], out=tmp_path / "plain")
+    with pytest.raises(OSError, match=r"cannot write .*README.md: it is a file; give a folder"):
+        zipfast.merge(models, (data[0],), data, out=folders[0] / "README.md")
+    args = SimpleNamespace(out=str(tmp_path / "cli"), method="zip", start=None, stop=None, sweep=None)
+    _check_out(args, models, (), {})
+    args.method = "ensemble"
+    with pytest.raises(ValueError, match="zip: 'out' must end in .safetensors for a whole model"):
+        _check_out(args, models, (), {})

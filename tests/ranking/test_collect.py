@@ -36,7 +36,7 @@ def test_all_batches_at_once(tmp_path: Path) -> None:
     assert found.labels is not None and torch.equal(found.labels, Y) and found.how == "input of '5'" and seen == [1, 2]
     found.save(tmp_path / "net.safetensors")
     ranking = zipfast.rank({"net": model, "saved": str(tmp_path / "net.safetensors")}, BATCHES)
-    scores = {row.name: row.score for row in ranking.rows}
+    scores = {row.name: row.scores["logme"] for row in ranking.rows}
     assert scores["net"] == pytest.approx(scores["saved"]) == pytest.approx(zipfast.logme(found.features, Y))
 
 
