@@ -276,5 +276,5 @@ def test_out_may_be_a_folder(tmp_path: Path) -> None:
     args = SimpleNamespace(out=str(tmp_path / "cli"), method="zip", start=None, stop=None, sweep=None)
     _check_out(args, models, (), {})
     args.method = "ensemble"
-    with pytest.raises(ValueError, match="zip: 'out' must end in .safetensors for a whole model"):
+    with pytest.raises(ValueError, match=r"zip: 'out' must end in .safetensors for a whole model"):
         _check_out(args, models, (), {})
