@@ -8,11 +8,14 @@ copies files and reads JSON; it neither imports transformers nor takes Python fi
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,21 @@ def _with_dtype(file: Path, data: bytes, dtype: torch.dtype) -> bytes:
     return (json.dumps(entries, indent=2, sort_keys=True) + "\n").encode()
 
 
+def write_config(model: Any, target: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """The configuration of a model of transformers, as its own ``save_pretrained`` writes it beside weights.
+
+    Args:
+        dtype: as of :func:`copy_companions`; None: the model's.
+    """
+    with tempfile.TemporaryDirectory(prefix=".config.", dir=target) as temporary:
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        for part in (config, getattr(model, "generation_config", None)):
+            if part is not None:
+                part.save_pretrained(temporary)
+        copy_companions(temporary, target, dtype or getattr(model, "dtype", None))
+
+
 def is_pretrained(model: Any) -> bool:
     """Whether a module is a model of transformers, or like one: it has a configuration and writes itself."""
     return callable(getattr(model, "save_pretrained", None)) and hasattr(model, "config")
@@ -138,7 +156,8 @@ def save_pretrained(
 
     def write(target: Path) -> None:
         options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        model.save_pretrained(target, **options)  # type: ignore[operator]
+        with redirect_stderr(io.StringIO()):  # progress bars
+            model.save_pretrained(target, **options)  # type: ignore[operator]
         if processor is not None:
             processor.save_pretrained(target)
         elif origin and Path(origin).is_dir():

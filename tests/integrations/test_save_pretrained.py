@@ -151,12 +151,17 @@ def test_soups_load(kind: str, tmp_path: Path) -> None:
     zipfast.uniform_soup(folders, out=tmp_path / "soup")
     loaded = type(made(kind, 0)).from_pretrained(tmp_path / "soup").eval()
     models = [type(loaded).from_pretrained(folder) for folder in folders]
-    want = models[0]
+    want = type(loaded).from_pretrained(folders[0])
     soup = zipfast.uniform_soup(models).state
     assert soup is not None
     want.load_state_dict(soup)
     assert torch.equal(logits(loaded, inputs(kind)), logits(want.eval(), inputs(kind)))
     assert {file.name for file in (tmp_path / "soup").iterdir()} >= {*BESIDE, "config.json", "model.safetensors"}
+    zipfast.uniform_soup([model.eval() for model in models], out=tmp_path / "modules")  # by themselves
+    again = type(loaded).from_pretrained(tmp_path / "modules").eval()
+    assert torch.equal(logits(again, inputs(kind)), logits(loaded, inputs(kind)))
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("soup", "modules")]
+    assert configs[0] == configs[1]
     assert not (tmp_path / "soup" / "optimizer.pt").exists() and not (tmp_path / "soup" / "modeling_mine.py").exists()
 
 

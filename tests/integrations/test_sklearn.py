@@ -179,3 +179,17 @@ def test_absent_and_unsupported_packages(monkeypatch: pytest.MonkeyPatch) -> Non
     for version in ("0.9", "1.0.31", ""):  # the last says nothing of itself
         monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(__version__=version))
         assert optional("timm", "rank").__version__ == version
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.45.0"))
+    assert optional("transformers", "load_model").__version__ == "4.45.0"
+    with pytest.raises(
+        ImportError, match=r"Trainer: transformers must be of version 4.57 or later and below 6, got 4.45.0"
+    ):
+        optional("transformers", "Trainer", least="4.57")
+
+
+@pytest.mark.parametrize("module, package", [("transformers", "transformers"), ("sklearn", "scikit-learn")])
+def test_an_integration_says_what_it_lacks(module: str, package: str) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; import zipfast.integrations.{module}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    wanted = f"ImportError: zipfast.integrations.{module}: {package} must be installed, got "
+    assert found.returncode == 1 and wanted in found.stderr and f"; pip install '{package}>=" in found.stderr

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import checkpoint
 from ..ops import blend_
 from ..ops.blend import FINITE
-from ..pretrained import copy_companions, folder_of
+from ..pretrained import copy_companions, folder_of, is_pretrained, write_config
 from ..states import INDEXES, SINGLES, Entry, State, check_room, open_state, writing
 
 BUFFERS = 16 << 20  # bytes, for pieces of all models together: they stay in the cache between reading and writing
@@ -262,7 +262,8 @@ def mix(
         weights: float64 [k], or one such for each blended tensor.
         layout: of :func:`layout_of` on them.
         out: a .safetensors file; or a folder, for shards with an index as Hugging Face reads them, with the configuration
-            and tokenizer files of the first source if that is such a folder; None: a state dict.
+            of the first source if that is a model of transformers, and with its tokenizer files if it is a folder; None: a
+            state dict.
         int_policy: for whole numbers that differ: ``"equal"`` (an error), ``"first"``, ``"max"``, ``"sum"``; batch norm's
             counters are always those of the first model.
         shard_bytes: of a file in a folder. metadata: kept in the files.
@@ -395,6 +396,8 @@ def _write_shards(
                 files.append(file)
             if origin is not None:
                 copy_companions(origin, folder, changed)
+            elif is_pretrained(states[0].module):
+                write_config(states[0].module, folder, changed)
             # A reader takes whichever of index and single file it looks for first: none of an earlier model may stay.
             for old in (folder / INDEXES[0], folder / SINGLES[0], *folder.glob(SHARDS)):
                 old.unlink(missing_ok=True)

@@ -101,8 +101,11 @@ class LogMECallback(TrainerCallback):
         name = f"eval_{self.name}"
         if metrics is not None:
             metrics[name] = score
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1][name] = score  # the trainer has just logged the metrics
+        for entry in reversed(state.log_history):  # the trainer has just logged the metrics
+            if entry.get("step") != state.global_step:
+                break
+            if any(key.startswith("eval_") for key in entry):
+                entry[name] = score
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

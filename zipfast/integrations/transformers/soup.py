@@ -115,8 +115,10 @@ class GreedySoupCallback(TrainerCallback):
                 "from a checkpoint, name another folder, or say overwrite=True"
             )
         self.tried = [one for one in there if one.model <= state.global_step]
-        for one in there[len(self.tried) :]:
-            self._file(one.model).unlink(missing_ok=True)
+        kept = {self._file(step).name for step in self.members}
+        for file in (self.out / "ingredients").glob("step-*.safetensors"):
+            if file.name not in kept:  # later ones, and one that was being tried
+                file.unlink()
         if there:
             self._restore(model, processing_class)
         if self.at == "save" and state.global_step and state.global_step not in [one.model for one in self.tried]:
