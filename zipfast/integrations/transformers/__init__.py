@@ -7,8 +7,9 @@ itself needs accelerate.
 """
 
 from ...pretrained import save_pretrained
+from .images import data_options
 from .logme import LogMECallback
 from .soup import GreedySoupCallback, metric_of
 from .ticket import TicketCallback
 
-__all__ = ["GreedySoupCallback", "LogMECallback", "TicketCallback", "metric_of", "save_pretrained"]
+__all__ = ["GreedySoupCallback", "LogMECallback", "TicketCallback", "data_options", "metric_of", "save_pretrained"]
