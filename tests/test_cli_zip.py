@@ -322,6 +322,12 @@ def test_hugging_face_images_by_keyword(zip_: Zip, tmp_path: Path) -> None:
     # A folder says what its config is; a file of weights cannot, and must not pretend to.
     assert "factory" not in checkpoint.read_metadata("merged.safetensors")
 
+    assert zip_(*argv, "--out", "whole").status == 0  # a folder for from_pretrained
+    loaded = type(models[0]).from_pretrained("whole").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**x).logits, want.module(**x).logits)
+    assert json.loads(Path("whole/zipfast.json").read_text())["provenance"]["inputs"][0]["spec"] == "ResNet-0"
+
     stop = "resnet.encoder.stages.0"
     assert zip_(*argv, "--out", "parts", "--stop", stop).status == 0
     part = zipfast.merge(models, (), data, example_kwargs=x, stop=stop).module

@@ -25,7 +25,7 @@ from .merging import (
     reestimate_batchnorm,
 )
 from .ops import _loader, available, backend
-from .ranking import Basis, FeatureStats, LogME, LogMEMonitor, logme, rank
+from .ranking import Basis, FeatureStats, LogME, LogMEMonitor, features_of, logme, rank
 from .soups import LearnedSoup, greedy_soup, uniform_soup, wise_ft
 from .tickets import Lottery, Masks, lottery
 
@@ -54,6 +54,7 @@ __all__ = [
     "cuts",
     "extend",
     "features",
+    "features_of",
     "find_spaces",
     "greedy_soup",
     "logme",

@@ -46,7 +46,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
     try:
         os.close(handle)
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         umask = os.umask(0)  # mkstemp makes the file private; a checkpoint gets the usual rights
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -54,7 +54,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync(target.parent)  # the rename itself must reach the disk too
+    sync(target.parent)  # the rename itself must reach the disk too
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
-            _sync(file)
+            sync(file)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
@@ -77,10 +77,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: str | Path) -> None:
+def sync(path: str | Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from . import checkpoint
 from .features import batch_inputs
+from .optional import check_version
 from .states import foreign
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -354,6 +355,7 @@ def _load_folder(folder: Path) -> nn.Module:
         hf: Any = importlib.import_module("transformers")
     except ImportError as e:
         raise ImportError(f"load_model: transformers must be installed for {folder}; pip install transformers") from e
+    check_version(hf, "transformers", "load_model")
     cls: Any = getattr(hf, str(names[0]), None) if isinstance(names, list) and names else None
     if hf.PreTrainedModel not in getattr(cls, "__mro__", ()):
         raise ValueError(f"load_model: {path} must name a model of transformers in 'architectures', got {names!r}")
@@ -373,6 +375,7 @@ def _load_folder(folder: Path) -> nn.Module:
         raise ValueError(f"load_model: {folder} cannot be loaded as {cls.__name__} ({_line(e)})") from e
     shapes = [(key, wanted, got) for key, got, wanted in sorted(info["mismatched_keys"])]
     _check_fit(folder, cls.__name__, sorted(info["missing_keys"]), (), shapes)
+    module.config._name_or_path = str(folder)  # as from_pretrained of a folder has it: where its tokenizer is
     loaded: nn.Module = module
     return loaded
 

@@ -36,8 +36,8 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 # Weights that only other programs read, by the end of the file's name.
 FOREIGN = {
-    "tf_model.h5": "TensorFlow", ".h5": "Keras", ".ckpt.index": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX",
-    ".gguf": "llama.cpp",
+    "tf_model.h5": "TensorFlow", ".h5": "Keras", ".keras": "Keras", ".ckpt.index": "TensorFlow", ".pb": "TensorFlow",
+    ".tflite": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".gguf": "llama.cpp", ".ggml": "llama.cpp",
 }  # fmt: skip
 
 
@@ -81,6 +81,7 @@ class State:
         ties: names that share another's memory -> that one.
         metadata: the file's own, as texts.
         notes: what had to be done to read it, in words.
+        module: whose weights they are, if it was opened from a module.
     """
 
     def __init__(self, name: str, entries: Mapping[str, Entry]) -> None:
@@ -88,6 +89,7 @@ class State:
         self.ties: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
         self.notes: list[str] = []
+        self.module: nn.Module | None = None
 
     def read(self, key: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Tensor:
         """Elements [start, stop) of a tensor, flat.
@@ -140,7 +142,9 @@ def open_state(source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
     if isinstance(source, State):
         return source
     if isinstance(source, nn.Module):
-        return _Memory(source.state_dict(keep_vars=False), name or type(source).__name__)
+        state = _Memory(source.state_dict(keep_vars=False), name or type(source).__name__)
+        state.module = source
+        return state
     if isinstance(source, Mapping):
         return _Memory(source, name or "state dict")
     if not isinstance(source, (str, os.PathLike)):

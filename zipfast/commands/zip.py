@@ -21,6 +21,7 @@ from ..evaluate import accuracy
 from ..merging.assign import METHODS
 from ..merging.common import common_graph
 from ..merging.sweep import plot_sweep, sweep
+from ..pretrained import wants_folder
 from . import common
 
 EPILOG = """\
@@ -47,7 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     common.add_data(parser)
     job = parser.add_argument_group("job")
     job.add_argument(
-        "--out", metavar="PATH", help="write there: .safetensors, a folder for several heads, .json for --sweep"
+        "--out",
+        metavar="PATH",
+        help="write there: .safetensors, a folder (several heads, transformers), .json for --sweep",
     )
     job.add_argument("--plan-only", action="store_true", help="print the feature spaces and stop")
     job.add_argument("--cuts", action="store_true", help="print the valid cuts and stop")
@@ -222,7 +225,7 @@ def _check_out(
     elif heads and named:
         common_graph(models, inputs, keywords, unknown=args.unknown, start=args.start, stop=args.stop)  # is it one?
         raise ValueError(f"zip: 'out' must be a folder for a network with several heads, got {args.out!r}")
-    elif heads:
+    elif heads or (args.method != "ensemble" and wants_folder(args.out, models[0])):
         checkpoint.check_folder(args.out)
     elif not named:
         raise ValueError(f"zip: 'out' must end in .safetensors for a whole model, got {args.out!r}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import checkpoint, distributed
 from .._version import __version__
 from ..features import output_tensor
+from ..pretrained import save_pretrained, wants_folder
 from .apply import apply_groups, check_weights
 from .assign import Method, PerSpace, match_spaces, spaces_named
 from .common import Common, common_graph
@@ -68,13 +69,41 @@ class Merged:
     def save(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the result atomically, with plan, options and further `metadata` in the metadata.
 
-        A whole model goes into one .safetensors file, a :class:`MultiHead` into a folder that `MultiHead.load` reads.
+        A whole model goes into one .safetensors file, or one of transformers by :meth:`save_pretrained` into a folder if
+        `path` has another ending; a :class:`MultiHead` into a folder that `MultiHead.load` reads.
         """
         whole = {"options": dict(self.options), "plan": self.plan.to_json(), **(metadata or {})}
         if isinstance(self.module, MultiHead):
             self.module.save(path, whole)
+        elif wants_folder(path, self.module):
+            self.save_pretrained(path, metadata=metadata)
         else:
             checkpoint.save(path, self.state_dict, whole)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        source: str | Path | None = None,
+        processor: Any = None,
+        max_shard_size: int | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Write a merged model of transformers as a folder that ``from_pretrained`` loads; arguments, result and errors as
+        of :func:`zipfast.pretrained.save_pretrained`. Plan, options and `metadata` go into zipfast.json beside it.
+
+        Raises:
+            TypeError: a result of several networks, or one that is not of transformers; :meth:`save` writes those.
+        """
+        if isinstance(self.module, (MultiHead, LogitEnsemble)):
+            raise TypeError(
+                f"save_pretrained: the result must be one whole network, got a {type(self.module).__name__}, which no "
+                "config.json can say; use save, and for a partial zip zipfast.MultiHead.load"
+            )
+        whole = {"options": dict(self.options), "plan": self.plan.to_json(), **(metadata or {})}
+        return save_pretrained(
+            self.module, folder, source=source, processor=processor, max_shard_size=max_shard_size, facts=whole
+        )
 
 
 def merge(
@@ -138,7 +167,8 @@ def merge(
         unknown: ``"freeze"`` leaves features unmerged that reach an op without a rule, instead of raising.
         statistics: of these models on other data or of an earlier run, instead of a pass over ``data``; or a
             .safetensors file, where they are kept as they grow: an interrupted run goes on from there.
-        out: save the result there (.safetensors, or a folder for a :class:`MultiHead`); checked before the work starts.
+        out: save the result there (.safetensors; a folder for models of transformers, and for a :class:`MultiHead`); checked
+            before the work starts.
         progress: called with (stage, batches done).
 
     Returns:
@@ -169,7 +199,8 @@ def merge(
     if out is not None:
         shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in models]
         whole = start is None and stop is None and all(other == shapes[0] for other in shapes[1:])
-        (checkpoint.check_writable if whole or method == "ensemble" else checkpoint.check_folder)(out)
+        one_file = method == "ensemble" or (whole and not wants_folder(out, models[0]))
+        (checkpoint.check_writable if one_file else checkpoint.check_folder)(out)
     clock = _Clock()
     with clock("export"):
         common = common_graph(models, example_inputs, example_kwargs, unknown=unknown, start=start, stop=stop)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import batch_inputs, batch_labels, device_of, evaluating, output_tensor
+from ..optional import WINDOWS, UnsupportedVersion, check_version
 from ..sources import CHECKPOINTS, load_model
 
 POOLS = ("auto", "mean", "first", "last", "max", "channels_first", "channels_last")
@@ -247,9 +248,14 @@ class Extractor:
 
 
 def extract(
-    model: nn.Module, batches: Iterable[Any], *, layers: _Layers = None, pool: str = "auto", progress: _Progress = None
+    model: nn.Module | Extractor,
+    batches: Iterable[Any],
+    *,
+    layers: _Layers = None,
+    pool: str = "auto",
+    progress: _Progress = None,
 ) -> Iterator[tuple[dict[str, Tensor], Any]]:
-    """Stream the features of a model over batches; arguments and errors as of :class:`Extractor`.
+    """Stream the features of a model over batches; arguments and errors as of :class:`Extractor`, or one that is made.
 
     Returns:
         Pairs of name -> features [N, D], and the batch's labels: its second item, or its entry ``labels``, or None.
@@ -261,7 +267,8 @@ def extract(
         >>> [(tuple(found["0"].shape), y.tolist()) for found, y in extract(net, data, layers=["0"])]
         [((2, 8), [0, 1])]
     """
-    extractor = Extractor(model, layers=layers, pool=pool)  # here, so that arguments are refused at once
+    # Made here, so that arguments are refused at once.
+    extractor = model if isinstance(model, Extractor) else Extractor(model, layers=layers, pool=pool)
 
     def one(numbered: tuple[int, Any]) -> tuple[dict[str, Tensor], Any]:
         number, batch = numbered
@@ -274,7 +281,12 @@ def extract(
 
 
 def load_candidate(
-    spec: str, *, factory: str | None = None, factory_args: Mapping[str, Any] | None = None
+    spec: str,
+    *,
+    factory: str | None = None,
+    factory_args: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> nn.Module:
     """The pre-trained model that a spec names, in eval mode, on the CPU.
 
@@ -282,33 +294,48 @@ def load_candidate(
         spec: - ``hf:NAME``, or a bare ``owner/name`` that is no local path: its config and safetensors from the Hugging
                 Face hub (or its cache), and no code of the repository, read as a folder; ``hf:FOLDER`` is a folder here.
               - ``timm:NAME``: ``timm.create_model``, with its pre-trained weights and its classes.
-              - all else, and every local path: as :func:`zipfast.sources.load_model`, which gets the other arguments.
+              - all else, and every local path: as :func:`zipfast.sources.load_model`.
+        factory, factory_args: for that.
+        revision: branch, tag or commit, of a name on the hub.
+        local_files_only: of such a name: only what is in the cache; nothing is fetched.
 
     Raises:
-        ImportError: no transformers or timm. ValueError: the library cannot load it (no such name, no network).
+        ImportError: no transformers or timm, or an unsupported version (supported: transformers >= 4.40, < 6; timm >= 0.9,
+        < 2). ValueError: the library cannot load it (no such name, no network); an option that is not for such a spec.
 
     Example:
         >>> load_candidate("zipfast.zoo:mlp", factory_args={"in_features": 4, "hidden": [], "out_features": 2})[1]
         Linear(in_features=4, out_features=2, bias=True)
     """
     kind, name = spec.split(":", 1) if spec.startswith(("hf:", "timm:")) else ("", spec)
+    local = Path(name).expanduser().exists()
+    local = local or not (kind or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) or name.endswith(CHECKPOINTS)
+    asked = {"revision": revision} if revision is not None else {}
+    options = asked | ({"local_files_only": True} if local_files_only else {})
+    if options and (local or kind == "timm"):
+        instead = "write timm:NAME@REVISION, or set HF_HUB_OFFLINE=1" if kind == "timm" else "it is read from the disk"
+        raise ValueError(f"load_candidate: '{next(iter(options))}' must be left out for {spec!r}: {instead}")
     if kind == "timm":
         return _load(spec, "timm", "timm torchvision", lambda timm: timm.create_model(name, pretrained=True))
-    local = Path(name).expanduser().exists()
-    if local or not (kind or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) or name.endswith(CHECKPOINTS):
+    if local:
         return load_model(name, factory=factory, factory_args=factory_args)
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     return _load(
         spec,
         "huggingface_hub",
         "transformers",
-        lambda hub: load_model(hub.snapshot_download(name, allow_patterns=patterns)),
+        lambda hub: load_model(hub.snapshot_download(name, allow_patterns=patterns, **options)),
     )
 
 
 def _load(spec: str, library: str, packages: str, load: Callable[[Any], nn.Module]) -> nn.Module:
     try:
-        return load(importlib.import_module(library)).to("cpu").eval()
+        module = importlib.import_module(library)
+        if library in WINDOWS:
+            check_version(module, library, "load_candidate", "torchvision" if library == "timm" else "")
+        return load(module).to("cpu").eval()
+    except UnsupportedVersion:
+        raise
     except Exception as e:  # libraries and networks fail in many ways
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         if isinstance(e, ImportError):

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import checkpoint
 from ..ops import blend_
 from ..ops.blend import FINITE
+from ..pretrained import copy_companions, folder_of, is_pretrained, write_config
 from ..states import INDEXES, SINGLES, Entry, State, check_room, open_state, writing
 from .adapters import Adapter
 
@@ -266,7 +267,9 @@ def mix(
         sources: k of what :func:`zipfast.states.open_state` takes.
         weights: float64 [k], or one such for each blended tensor.
         layout: of :func:`layout_of` on them.
-        out: a .safetensors file; or a folder, for shards with an index as Hugging Face reads them; None: a state dict.
+        out: a .safetensors file; or a folder, for shards with an index as Hugging Face reads them, with the configuration
+            of the first source if that is a model of transformers, and with its tokenizer files if it is a folder; None: a
+            state dict.
         int_policy: for whole numbers that differ: ``"equal"`` (an error), ``"first"``, ``"max"``, ``"sum"``; batch norm's
             counters are always those of the first model.
         shard_bytes: of a file in a folder. metadata: kept in the files.
@@ -370,6 +373,9 @@ def _write_shards(
     name: str,
 ) -> None:
     """All files under other names first, then renamed, the index last: what was there before stays until all is written."""
+    origin = folder_of(states[0].name)
+    before, after = ({e[key].dtype for key in layout.blended} for e in (states[0].entries, layout.entries))
+    changed = next(iter(after)) if len(after) == 1 and before != after else None
     if shard_bytes < 1:
         raise ValueError(f"{name}: 'shard_bytes' must be at least 1, got {shard_bytes}")
     checkpoint.check_folder(folder)
@@ -394,6 +400,10 @@ def _write_shards(
                 own = dict.fromkeys(shard, file)
                 places |= own | {a: file for a, b in layout.ties.items() if b in own}
                 files.append(file)
+            if origin is not None:
+                copy_companions(origin, folder, changed)
+            elif is_pretrained(states[0].module):
+                write_config(states[0].module, folder, changed)
             # A reader takes whichever of index and single file it looks for first: none of an earlier model may stay.
             for old in (folder / INDEXES[0], folder / SINGLES[0], *folder.glob(SHARDS)):
                 old.unlink(missing_ok=True)

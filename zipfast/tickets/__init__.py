@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lottery tickets: sparse subnetworks that train as well as the dense network they were found in.
 
-masks (one bit a weight) · scores · optim (where the mask acts) · task (what is trained) · trainers, training (one level) ·
-settings, experiment (levels, rewinding, controls, resume) · results · connectivity · networks (of the papers) · sparse
-(layers of survivors) · crossover (when sparse pays) · plots.
+masks (one bit a weight) · scores · schedule (pruning while training) · optim (where the mask acts) · task (what is
+trained) · trainers, training (one level) · settings, experiment (levels, rewinding, controls, resume) · results ·
+connectivity · networks (of the papers) · sparse (layers of survivors) · crossover (when sparse pays) · plots.
 """
 
 from .connectivity import Connectivity, connectivity
@@ -13,6 +13,7 @@ from .masks import Masks, rate_for
 from .networks import PRESETS, Preset, ladder, prunable, rates_of
 from .optim import MaskedOptimizer, why_not_fused
 from .results import Lottery, Row, Training
+from .schedule import gradual
 from .sparse import SparseLinear, SparseWeight
 from .task import Batches, Task, measure
 from .trainers import why_not_mlp
@@ -34,6 +35,7 @@ __all__ = [
     "Trained",
     "Training",
     "connectivity",
+    "gradual",
     "ladder",
     "lottery",
     "measure",

@@ -114,6 +114,10 @@ class MaskedOptimizer:
             return
         self.mask_gradients()
         self.optimizer.step()
+        self.settle()
+
+    def settle(self) -> None:
+        """What follows a step that somebody else made: the mask on weights and, in mode ``grad``, optimiser state."""
         if self.mode == "forward":
             return
         self.prepare()
