@@ -13,6 +13,7 @@ sanitize   C++ kernels under address and undefined-behaviour sanitizers, with as
 races      CUDA kernels on the emulator under the thread sanitizer
 docs       the site, built with warnings as errors: links, anchors, arguments that docstrings name; every public name is in
            the reference, and nothing comes from elsewhere
+mergekit   real merges through mergekit's own commands and PEFT's own classes, in an environment of their own
 """
 
 from __future__ import annotations
@@ -231,8 +232,12 @@ def docs() -> None:
     print(f"    {place / 'index.html'}: {len(list(place.rglob('*.html')))} pages")
 
 
+def mergekit() -> None:
+    print("   ", run(sys.executable, ROOT / "tests" / "check" / "mergekit_env.py").strip().splitlines()[-1])
+
+
 STEPS: dict[str, Callable[[], object]] = {
-    f.__name__: f for f in (lint, cuda, load, symbols, install, simd, seeds, sanitize, races, docs)
+    f.__name__: f for f in (lint, cuda, load, symbols, install, simd, seeds, sanitize, races, docs, mergekit)
 }
 
 
