@@ -85,7 +85,7 @@ class LogMERegressor(RegressorMixin, _Evidence):
         coef_: [D], or [K, D] for several targets. intercept_: a number, or [K].
         log_evidence_: the LogME score, a log density per sample: higher is better, for the same targets only.
         evidence_, alpha_, beta_: [K]: of each target, and the precisions of its weights and noise.
-        n_iter_, n_features_in_, feature_names_in_.
+        n_iter_, n_features_in_, feature_names_in_: rounds of the target that took most; as in all of scikit-learn.
 
     Raises:
         ValueError: as scikit-learn's own; targets that are 0 everywhere.
@@ -129,7 +129,7 @@ class LogMEClassifier(ClassifierMixin, _Evidence):
 
     Attributes:
         classes_: [C]. coef_: [C, D], one row per class also for two. intercept_, evidence_, alpha_, beta_: [C].
-        log_evidence_: ``zipfast.logme(X, y)`` where `fit_intercept` is False. n_iter_, n_features_in_, feature_names_in_.
+        log_evidence_: ``zipfast.logme(X, y)`` where `fit_intercept` is False. n_iter_, n_features_in_, feature_names_in_: rounds of the target that took most; as in all of scikit-learn.
 
     Raises:
         ValueError: as scikit-learn's own; targets that are no classes; a single class.
