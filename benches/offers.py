@@ -23,9 +23,13 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Offer:
-    """A peer: ``module`` is what is imported, ``package`` what pip calls it; or ``variable`` names a checkout of it."""
+    """A peer: ``module`` is what is imported, ``package`` what pip calls it; or ``variable`` names a checkout of it.
+
+    ``where``: the targets that it takes part in; none named: all.
+    """
 
     what: str
+    where: tuple[str, ...] = ()
     module: str = ""
     package: str = ""
     variable: str = ""
@@ -40,27 +44,52 @@ class Offer:
 
 
 PEERS = {
-    "torch": Offer("the same with torch's own operators, and ours in pure torch", "torch", "torch"),
-    "torch.cov": Offer("torch.cov on the features as rows", "torch", "torch"),
-    "torch.nn.utils.prune": Offer("torch's pruning of modules", "torch.nn.utils.prune", "torch"),
-    "numpy": Offer("the formula as it is usually written", "numpy", "numpy"),
-    "scipy": Offer("hierarchical clustering, scalar search, CSR products", "scipy", "scipy"),
-    "fastcluster": Offer("hierarchical clustering", "fastcluster", "fastcluster"),
-    "scikit-learn": Offer("agglomerative clustering, BayesianRidge", "sklearn", "scikit-learn"),
-    "networkx": Offer("matching of maximal weight", "networkx", "networkx"),
-    "mergekit": Offer("mergekit-pytorch, method linear", "mergekit", "mergekit"),
-    "transformer-ranker": Offer("its LogME", "transformer_ranker", "transformer-ranker"),
-    "SparseLab": Offer("products and training with its sparse layer", "sparselab", "sparselab"),
+    "torch": Offer("the same with torch's own operators, and ours in pure torch", (), "torch", "torch"),
+    "torch.cov": Offer("torch.cov on the features as rows", ("moments",), "torch", "torch"),
+    "torch.nn.utils.prune": Offer(
+        "torch's pruning of modules", ("threshold", "tickets"), "torch.nn.utils.prune", "torch"
+    ),
+    "numpy": Offer(
+        "the formula as it is usually written",
+        ("correlate", "evidence", "gram", "moments", "threshold", "logme"),
+        "numpy",
+        "numpy",
+    ),
+    "scipy": Offer(
+        "hierarchical clustering, scalar search, CSR products",
+        ("evidence", "sparse_linear", "zip_match"),
+        "scipy",
+        "scipy",
+    ),
+    "fastcluster": Offer("hierarchical clustering", ("zip_match",), "fastcluster", "fastcluster"),
+    "scikit-learn": Offer("agglomerative clustering, BayesianRidge", ("zip_match", "logme"), "sklearn", "scikit-learn"),
+    "networkx": Offer("matching of maximal weight", ("zip_match",), "networkx", "networkx"),
+    "mergekit": Offer("mergekit-pytorch, method linear", ("soups",), "mergekit", "mergekit"),
+    "transformer-ranker": Offer("its LogME", ("logme",), "transformer_ranker", "transformer-ranker"),
+    "SparseLab": Offer(
+        "products and training with its sparse layer", ("sparse_linear", "tickets"), "sparselab", "sparselab"
+    ),
     "timm": Offer(
         "avg_checkpoints.py",
+        ("soups",),
         "timm",
         "timm",
         "ZIPFAST_TIMM",
         "avg_checkpoints.py",
         "github.com/huggingface/pytorch-image-models",
     ),
-    "ZipIt": Offer("the authors' code", "", "", "ZIPFAST_ZIPIT", "matching_functions.py", "github.com/gstoica27/ZipIt"),
-    "LogME": Offer("the authors' code", "numba", "numba", "ZIPFAST_LOGME", "LogME.py", "github.com/thuml/LogME"),
+    "ZipIt": Offer(
+        "the authors' code",
+        ("moments", "zip_match", "zipit"),
+        "",
+        "",
+        "ZIPFAST_ZIPIT",
+        "matching_functions.py",
+        "github.com/gstoica27/ZipIt",
+    ),
+    "LogME": Offer(
+        "the authors' code", ("logme",), "numba", "numba", "ZIPFAST_LOGME", "LogME.py", "github.com/thuml/LogME"
+    ),
 }
 
 
@@ -72,6 +101,11 @@ def ops() -> list[str]:
 def targets() -> dict[str, str]:
     """Name -> "op" or "system", in the order in which they run."""
     return dict.fromkeys(ops(), "op") | dict.fromkeys(SYSTEMS, "system")
+
+
+def taking_part(target: str, names: list[str]) -> list[str]:
+    """Those of the peers that have a case in a target."""
+    return [name for name in names if not PEERS[name].where or target in PEERS[name].where]
 
 
 def missing(name: str) -> str | None:

@@ -2,8 +2,8 @@
 """A LogME score, the whole call: from float32 features and labels to one number.
 
 Classification in mode reference beside the authors' code (where ZIPFAST_LOGME names its checkout), the same algebra
-in numpy (SVD, then one class after the other), and transformer-ranker, which keeps alpha and beta from one class
-to the next, so that its fixed points stop elsewhere. Regression of one target in mode exact beside scikit-learn's BayesianRidge
+in numpy (SVD, then one class after the other), and transformer-ranker, which keeps alpha and beta from one class to the
+next, so that its fixed points stop elsewhere. Regression of one target in mode exact beside scikit-learn's BayesianRidge
 without priors, which maximises the same evidence by iteration and stops before it is there.
 """
 

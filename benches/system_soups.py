@@ -31,8 +31,6 @@ from plan import Planned
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import zipfast
-
 OP = "soups"
 
 
