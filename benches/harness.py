@@ -70,6 +70,19 @@ def as_peer(p: Peer | Callable[[], Any]) -> Peer:
     return p if isinstance(p, Peer) else Peer(p)
 
 
+def guarded(build: Callable[[], Peer], package: str) -> Peer:
+    """What ``build`` makes; where it raises, a peer that raises the same when it is called, and costs no other peer."""
+    try:
+        return build()
+    except Exception as e:
+        error = e
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    return Peer(fail, package=package)
+
+
 @dataclass(frozen=True)
 class Job:
     """One case, ready to run: ``options`` as ``Run.measure`` takes them, ``after`` may add to the row's ``extra``."""

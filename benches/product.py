@@ -27,6 +27,7 @@ from typing import Any
 
 import ceilings
 import offers
+import peers
 import torch
 from files import SCHEMA, write_json
 from harness import Job, Peer, Row, Run, against_ceiling, bench_threads, machine, threads
@@ -52,9 +53,12 @@ def importable(names: list[str]) -> tuple[list[str], dict[str, str]]:
     """The peers that can be imported here, and why not of the others."""
     use, broken = [], {}
     for name in names:
+        offer = offers.PEERS[name]
         try:
-            if offers.PEERS[name].module:
-                importlib.import_module(offers.PEERS[name].module)
+            if offer.module:
+                importlib.import_module(offer.module)
+            if offer.variable:
+                peers.module_of(Path(os.environ[offer.variable]) / offer.holds, offer.variable)
             use.append(name)
         except Exception as e:  # whatever another package raises while it is imported
             broken[name] = f"cannot be imported: {sentence(e)}"
@@ -154,6 +158,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     found = json.loads(Path(options.ceilings).read_text())["ceilings"]
     use, broken = importable([n for n in options.peers.split(",") if n])
+    for name, offer in offers.PEERS.items():
+        if name not in use:
+            os.environ.pop(offer.variable, None)  # a bench takes along what these name
     target = Target(options, found)
     for planned in of(options.target, options.device, options.quick, use):
         target.measure(planned, use)

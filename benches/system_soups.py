@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import importlib.util
 import io
 import logging
 import math
@@ -24,9 +23,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import peers
 import soup_cost
 import torch
-from harness import Job, Peer
+from harness import Job, Peer, guarded
 from plan import Planned
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -107,10 +107,7 @@ def by_mergekit(paths: list[Path], folder: Path, dtype: str) -> Peer:
 def by_timm(paths: list[Path], folder: Path) -> Peer:
     """Its script's main, in this process."""
     script = Path(os.environ["ZIPFAST_TIMM"]) / "avg_checkpoints.py"
-    spec = importlib.util.spec_from_file_location("timm_avg_checkpoints", script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = peers.module_of(script, "ZIPFAST_TIMM")
     out = folder / "timm.pth"
     arguments = ["--input", str(paths[0].parent), "--filter", "[0-9]*.safetensors", "--output", str(out), "--no-sort"]
 
@@ -147,9 +144,9 @@ def job(case: Case, device: str, use: Collection[str]) -> Job:
         "torch, state dict after state dict": Peer(writes(soup_cost.whole, "whole")),
     }
     if "mergekit" in use:
-        found["mergekit-pytorch, linear"] = by_mergekit(paths, folder, kind)
+        found["mergekit-pytorch, linear"] = guarded(lambda: by_mergekit(paths, folder, kind), "mergekit")
     if "timm" in use:
-        found["timm avg_checkpoints"] = by_timm(paths, folder)
+        found["timm avg_checkpoints"] = guarded(lambda: by_timm(paths, folder), "timm")
 
     def agree(ours: Path, theirs: Path, name: str) -> None:
         """Within the rounding of the dtype that the slackest of them sums in."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Job, Peer
+from harness import Job, Peer, guarded
 from plan import Planned
 from torch import Tensor, nn
 
@@ -144,11 +144,14 @@ def job(case: Case, device: str, use: Collection[str]) -> Job:
 
     found: dict[str, Peer] = {FORWARD: Peer(forward)}
     if "ZipIt" in use:
-        with public() as modules:
-            pass
-        found["ZipIt"] = Peer(
-            lambda own: by_authors(modules, own, data, device), lambda: copy.deepcopy(models), package="ZipIt"
-        )
+
+        def authors() -> Peer:
+            with public() as modules:
+                return Peer(
+                    lambda own: by_authors(modules, own, data, device), lambda: copy.deepcopy(models), package="ZipIt"
+                )
+
+        found["ZipIt"] = guarded(authors, "ZipIt")
 
     def agree(a: nn.Module, b: Any, name: str) -> None:
         if name == FORWARD:

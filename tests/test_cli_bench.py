@@ -325,6 +325,49 @@ def test_a_package_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: 
     assert use == ["torch"] and broken == {"numpy": "cannot be imported: RuntimeError: made up"}
 
 
+def test_a_checkout_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "matching_functions.py").write_text("import no_such_package\n")
+    monkeypatch.setenv("ZIPFAST_ZIPIT", str(tmp_path))
+    assert offers.missing("ZipIt") is None and offers.version("ZipIt") == "a checkout"
+    use, broken = product.importable(["ZipIt"])
+    assert not use and broken["ZipIt"].startswith("cannot be imported: ModuleNotFoundError: No module named 'no_such_")
+
+
+def test_a_peer_that_cannot_be_built_costs_no_other() -> None:
+    def broken() -> Peer:
+        raise ValueError("made up")
+
+    found = {"broken": harness.guarded(broken, "torch"), "fine": harness.guarded(lambda: Peer(int), "torch")}
+    fit, _, failed = product.agreed(Job("gram", "case", Peer(int), found, None))
+    assert list(fit) == ["fine"] and failed == [{"case": "case", "peer": "broken", "why": "ValueError: made up"}]
+
+
+def test_timm_is_called_as_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script of the same options stands in, which takes the first file for the average."""
+    import system_soups
+
+    (tmp_path / "avg_checkpoints.py").write_text(
+        "import argparse, glob, os, torch\n"
+        "from safetensors.torch import load_file\n"
+        "parser = argparse.ArgumentParser()\n"
+        "for name in ('input', 'filter', 'output'):\n"
+        "    parser.add_argument('--' + name)\n"
+        "parser.add_argument('--no-sort', action='store_true')\n"
+        "def main():\n"
+        "    args = parser.parse_args()\n"
+        "    files = sorted(glob.glob(args.input + os.path.sep + args.filter))\n"
+        "    assert len(files) == 3 and args.no_sort and not os.path.exists(args.output)\n"
+        "    torch.save(load_file(files[0]), args.output)\n"
+    )
+    monkeypatch.setenv("ZIPFAST_TIMM", str(tmp_path))
+    job = system_soups.job(system_soups.QUICK[0], "cpu", ["timm"])
+    peer = job.peers["timm avg_checkpoints"]
+    ours, found = job.ours.call(), [peer.call() for _ in range(2)][-1]
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        job.agree(ours, found, "timm")
+    job.agree(ours, ours, "timm")
+
+
 def test_every_op_and_peer_has_its_rows() -> None:
     assert set(plan.QUICK) == set(plan.NEED) == set(offers.ops())
     for name, offer in offers.PEERS.items():
