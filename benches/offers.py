@@ -21,6 +21,9 @@ SYSTEMS = {
 }
 
 
+ON_HOST = ("soups", "tickets")  # whatever the device
+
+
 @dataclass(frozen=True)
 class Offer:
     """A peer: ``module`` is what is imported, ``package`` what pip calls it; or ``variable`` names a checkout of it.

@@ -33,6 +33,8 @@ from files import SCHEMA, write_json
 from harness import Job, Peer, Row, Run, against_ceiling, bench_threads, machine, threads
 from plan import PROCESS, Planned, of
 
+import zipfast
+
 QUICK = {"repeats": 3, "budget_s": 0.15}
 
 
@@ -161,11 +163,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name, offer in offers.PEERS.items():
         if name not in use:
             os.environ.pop(offer.variable, None)  # a bench takes along what these name
+    if options.target in offers.ON_HOST and torch.device(options.device).type != "cpu":
+        options.device, found = "cpu", []  # the ceilings are those of the GPU
     target = Target(options, found)
+    host_only = [op.host_only for op in zipfast.ops.OPS.values() if op.stem == options.target and op.host_only]
+    if host_only and torch.device(options.device).type != "cpu":
+        target.skipped.append({"case": "all", "why": f"not for a GPU: {host_only[0]}"})
+        return target.document(time.perf_counter() - begin, broken)
     for planned in of(options.target, options.device, options.quick, use):
         target.measure(planned, use)
-    for row in target.run.rows:
-        row.op = options.target
     return target.document(time.perf_counter() - begin, broken)
 
 

@@ -449,6 +449,29 @@ def test_a_case_that_cannot_be_built_costs_the_others_nothing(capsys: pytest.Cap
     )
 
 
+@pytest.mark.parametrize("name", ["mlp_steps", "soups"])
+def test_what_a_gpu_has_no_use_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, list]] = []
+
+    class Host(harness.Run):
+        def __init__(self, device: str, found: list) -> None:
+            made.append((device, found))
+            super().__init__("cpu", found)
+
+    copy = {"name": "copy", "value": 1.0, "unit": "B/s", "threads": 1}
+    (tmp_path / "ceilings.json").write_text(json.dumps({"ceilings": [copy]}))
+    options = argparse.Namespace(
+        target=name, device="cuda", memory=1.0, quick=True, peers="", ceilings=str(tmp_path / "ceilings.json")
+    )
+    monkeypatch.setattr(product, "Once", Host)
+    skipped = product.measure(options)["skipped"]
+    if name == "mlp_steps":
+        assert made == [("cuda", [copy])] and skipped[0]["case"] == "all"
+        assert skipped[0]["why"].startswith("not for a GPU: ")
+    else:
+        assert made == [("cpu", [])] and all("0 MB free" in s["why"] for s in skipped)
+
+
 def test_better_ceilings_change_the_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ceilings
 

@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--list", action="store_true", help="print ops, systems and peers, and measure nothing")
     what.add_argument(
-        "--peers", type=names, metavar="P,P", help="beside these only; none: ours alone (default: all here)"
+        "--peers", type=common.names, metavar="P,P", help="beside these only; none: ours alone (default: all here)"
     )
     what.add_argument(
         "--quick", action="store_true", help="small sizes, few repeats: that it works, not how fast it is"
@@ -62,15 +62,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", default="bench-out", metavar="FOLDER", help="report, pictures, JSON (default: %(default)s)"
     )
     job.add_argument("--restart", action="store_true", help="forget what a killed run left in the folder")
-
-
-def names(text: str | Sequence[str]) -> list[str]:
-    """'torch,scipy' as a list; a YAML file may hold the list."""
-    if isinstance(text, str):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    if not isinstance(text, Sequence) or not all(isinstance(part, str) for part in text):
-        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
-    return list(text)
 
 
 # ------------------------------------------------------------------------------------------------------ where things are
