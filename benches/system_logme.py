@@ -46,7 +46,7 @@ class Case:
         return 8.0 * (8 * self.n * self.d + 4 * min(self.n, self.d) ** 2 + 4 * self.n * self.outputs)
 
 
-FULL = [Case(5000, 512, 10), Case(10000, 1024, 100), Case(20000, 2048, 10), Case(5000, 512, 1, True)]
+FULL = [Case(5000, 512, 10), Case(10000, 1024, 100), Case(5000, 2048, 10), Case(5000, 512, 1, True)]
 QUICK = [Case(400, 64, 5), Case(400, 64, 1, True)]
 
 

@@ -203,6 +203,12 @@ def test_a_killed_run_goes_on(
     assert run("tickets", "--threads", "2") == (130, ["ceilings", "gram"])  # other settings are another run
     assert run("tickets") == (130, ["ceilings", "gram"])
     capsys.readouterr()
+    gram = tmp_path / "out" / "results" / "gram.json"
+    whole = gram.read_text()
+    gram.write_text(whole[:100])  # a damaged result is measured again
+    assert run("tickets") == (130, ["ceilings", "gram"])
+    gram.write_text(whole)
+    capsys.readouterr()
     assert run(None) == (0, ["tickets"])
     assert "going on in " in (said := capsys.readouterr().err) and "1 of 2 are measured" in said
     assert (tmp_path / "out" / "report.md").exists()

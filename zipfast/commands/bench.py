@@ -210,8 +210,8 @@ class Session:
         except (OSError, ValueError):
             before = {}
         left = before.get("settings") == self.settings and not before.get("finished") and not self.args.restart
-        done = [t for t in self.targets if left and self.path(t).is_file()]
-        if done and self.path("ceilings").is_file():
+        done = [name for name in self.targets if left and self.readable(name)]
+        if done and self.readable("ceilings"):
             self.say(f"going on in {self.out}: {len(done)} of {len(self.targets)} are measured")
             return done
         for name in ("ceilings", *load(self.folder, "offers").targets()):
@@ -222,6 +222,13 @@ class Session:
 
     def path(self, name: str) -> Path:
         return self.results / f"{name}.json"
+
+    def readable(self, name: str) -> bool:
+        """Whether there is a result of a target, and a whole one."""
+        try:
+            return isinstance(json.loads(self.path(name).read_text()), dict)
+        except (OSError, ValueError):
+            return False
 
     def child(self, script: str, *arguments: str) -> tuple[int, str, Path]:
         """Run a script of the benches: its exit status, what it printed, and the file with all it said besides."""
