@@ -75,7 +75,8 @@ def peers_table(record: dict[str, Any]) -> str:
 
 def head(record: dict[str, Any]) -> list[str]:
     machine, settings = record["machine"], record["settings"]
-    size = f", {record['memory'] / 1e9:.0f} GB of memory to use" if record["memory"] else ""
+    total = f", {record['memory_total'] / 1e9:.0f} GB of memory" if record["memory_total"] else ""
+    size = total + (f" ({record['memory'] / 1e9:.1f} GB to use)" if record["memory"] else "")
     commit = machine["commit"]
     known = commit if commit == "unknown" else commit[:12] + "+" * ("+" in commit)
     lines = [

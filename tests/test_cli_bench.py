@@ -415,6 +415,11 @@ def test_scipy_finds_the_groups_of_complete_linkage() -> None:
         job.agree(job.ours.call(), peer.call()[::-1].copy(), "scipy")
 
 
+def test_memory_that_can_be_used() -> None:
+    total, free = bench.total_memory(), bench.free_memory(torch.device("cpu"))
+    assert (total is None and free is None) or 0 < free <= total
+
+
 # ------------------------------------------------------------------------------------------------------- one measurement
 
 

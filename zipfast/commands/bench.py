@@ -100,6 +100,13 @@ def commit(folder: Path) -> str:
     return stamp.read_text().strip() if stamp.is_file() else "unknown"
 
 
+def total_memory() -> float | None:
+    """Bytes of the host; None where the system does not say."""
+    if {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", ())):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return None
+
+
 def free_memory(device: Any) -> float | None:
     """Bytes that can be used here, also within a control group; None where the system does not say."""
     if device.type == "cuda":
@@ -111,8 +118,7 @@ def free_memory(device: Any) -> float | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
     except (OSError, StopIteration):
-        if {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(os.sysconf_names):
-            found.append(0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        found += [0.5 * size for size in (total_memory(),) if size]
     group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # no such group, or one without a limit ("max")
         found.append(float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
@@ -294,6 +300,7 @@ class Session:
             "settings": self.settings,
             "machine": ceilings["machine"],
             "memory": free,
+            "memory_total": total_memory(),
             "ceilings": ceilings["ceilings"],
             "targets": documents,
             "failed": failed,
