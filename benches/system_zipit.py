@@ -3,8 +3,8 @@
 
 The authors' code takes part where ZIPFAST_ZIPIT names its checkout; then ours follows its rules (``compat=True``), both
 leave batch-norm statistics as the merge gives them, and the merged networks must be alike: four fifths of their tensors
-equal, answers within 20 % of the largest, as the rounding of the authors' float32 sums decides a merge or two. The forward passes of both
-models, which no merge can do without, stand beside it as what remains to be gained.
+equal, answers within 20 % of the largest, as the rounding of the authors' float32 sums decides a merge or two. The
+forward passes of both models, which no merge can do without, stand beside it as what remains to be gained.
 """
 
 from __future__ import annotations
