@@ -24,6 +24,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -179,6 +180,40 @@ class CMakeBuild(build_ext):
         return []
 
 
+class BuildPython(build_py):
+    """Also what ``zipfast bench`` needs of ``benches/`` and of git: an editable install finds both in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        package = Path(self.build_lib) / "zipfast"
+        (package / "benches").mkdir(parents=True, exist_ok=True)
+        for source in sorted((ROOT / "benches").glob("*.py")):
+            if source.name != "conftest.py":
+                self.copy_file(str(source), str(package / "benches" / source.name))
+        stamp = package / "_commit.txt"
+        stamp.unlink(missing_ok=True)
+        if commit := git_commit():
+            stamp.write_text(commit + "\n")
+
+
+def git_commit() -> str | None:
+    """Of this tree, if it is a checkout of its own and not only lies in one."""
+    try:
+        top, commit, changes = (
+            subprocess.check_output(["git", *words], cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+            for words in (
+                ["rev-parse", "--show-toplevel"],
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--", "csrc", "zipfast"],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changes else "") if Path(top).resolve() == ROOT else None
+
+
 if ARGS is None:
     if env("ZIPFAST_NATIVE") == "1":
         raise SystemExit(f"zipfast: ZIPFAST_NATIVE=1, but there is no native build: {WHY}")
@@ -186,7 +221,7 @@ if ARGS is None:
 
 setup(
     ext_modules=[Extension("zipfast._C", [])] if ARGS else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
     setup_requires=["cmake>=3.20"]
     if ARGS and not shutil.which("cmake")
     else [],  # PEP 517: a dynamic build requirement

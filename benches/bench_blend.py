@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import peers
-import pytest
 import torch
-from harness import Job, Peer, Row, Run, main
+from harness import Job, Peer, Row, Run, main, parametrize
 from torch import Tensor
 
 import zipfast
@@ -109,7 +108,7 @@ def job(case: Case, device: str) -> Job:
     return Job(OP, case.name, Peer(lambda: blend(ours)), found, agree, options)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@parametrize("case", CASES, ids=lambda c: c.name)
 def test_blend(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     timed(job(case, run.device))
 

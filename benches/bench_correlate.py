@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import peers
-import pytest
 import torch
 from bench_moments import RESNET50
-from harness import Job, Peer, Row, Run, main
+from harness import Job, Peer, Row, Run, main, parametrize, skip
 from torch import Tensor
 
 import zipfast
@@ -95,10 +94,10 @@ def job(case: Case, device: str) -> Job:
     return Job(OP, case.name, Peer(ours), found, agree, options)
 
 
-@pytest.mark.parametrize("case", CASES["cuda"], ids=lambda c: c.name)
+@parametrize("case", CASES["cuda"], ids=lambda c: c.name)
 def test_correlate(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     if case not in CASES[torch.device(run.device).type]:
-        pytest.skip("for a GPU")
+        skip("for a GPU")
     timed(job(case, run.device))
 
 

@@ -17,11 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import peers
-import pytest
-import scipy.linalg
-import scipy.optimize
 import torch
-from harness import Job, Peer, Row, Run, main
+from harness import Job, Peer, Row, Run, main, parametrize, skip
 from torch import Tensor
 
 import zipfast
@@ -94,6 +91,8 @@ def search(sigma: np.ndarray, z2: np.ndarray, square: float, n: int) -> float:
         q = square - (z2 / (sigma + t)).sum()
         return (n * math.log(q / n) + np.log1p(sigma / t).sum()) / (2 * n)
 
+    import scipy.optimize
+
     middle = math.log(sigma.sum())
     found = scipy.optimize.minimize_scalar(cost, bounds=(middle - 36, middle + 9), options={"xatol": 1e-8})
     return -float(found.fun) - (1 + LOG_TAU) / 2
@@ -101,6 +100,8 @@ def search(sigma: np.ndarray, z2: np.ndarray, square: float, n: int) -> float:
 
 def loop(case: Case, diagonal: np.ndarray, off: np.ndarray, z: np.ndarray, square: np.ndarray) -> Tensor:
     if case.tridiagonal:
+        import scipy.linalg
+
         diagonal, basis = scipy.linalg.eigh_tridiagonal(diagonal, off)
         z = basis.T @ z
     one = search if case.mode == EXACT else fixed_point
@@ -123,7 +124,8 @@ def job(case: Case, device: str) -> Job:
         value, _, _ = zipfast.ops.evidence([diagonal], offs, [z], [square], [case.samples], [case.k], *options)
         return value[EVIDENCE]
 
-    found = {LOOP: Peer(lambda: loop(case, *arrays)), peers.REFERENCE: Peer(peers.by_reference(ours))}
+    package = "scipy" if exact or case.tridiagonal else "numpy"
+    found = {LOOP: Peer(lambda: loop(case, *arrays), package=package), peers.REFERENCE: Peer(peers.by_reference(ours))}
     return Job(OP, case.name, Peer(ours), found, agree, {"bytes": 8.0 * case.k * case.outputs})
 
 
@@ -221,7 +223,7 @@ def whole_job(case: Whole, device: str) -> Job:
 
     found = {PIPELINE: Peer(lambda: by_torch(data))}
     if case.outputs <= 100:  # beyond, it takes half a minute a call
-        found[ORIGINAL] = Peer(lambda: by_svd(f, gram, y))
+        found[ORIGINAL] = Peer(lambda: by_svd(f, gram, y), package="numpy")
     flops = 4 / 3 * case.features**3 + 4.0 * case.features**2 * case.outputs
     extra = {"why not tridiagonal": obstacles(data.gram, case.samples)}
     return Job(OP, case.name, Peer(ours), found, agree, {"flops": flops, "rate": "fp64", "extra": extra})
@@ -250,15 +252,15 @@ def whole_jobs(device: str) -> Iterator[Job]:
         yield whole_job(case, device)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@parametrize("case", CASES, ids=lambda c: c.name)
 def test_evidence(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     timed(job(case, run.device))
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=lambda c: c.name)
+@parametrize("case", WHOLE, ids=lambda c: c.name)
 def test_with_the_eigen_step(case: Whole, run: Run, timed: Callable[[Job], Row]) -> None:
     if torch.device(run.device).type != "cuda":
-        pytest.skip("the eigen step is measured on GPUs; on a CPU with logme_cost.py")
+        skip("the eigen step is measured on GPUs; on a CPU with logme_cost.py")
     timed(whole_job(case, run.device))
 
 

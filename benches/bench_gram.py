@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import peers
-import pytest
 import torch
 from bench_blend import models
-from harness import Job, Peer, Row, Run, main
+from harness import Job, Peer, Row, Run, main, parametrize
 from torch import Tensor
 
 import zipfast
@@ -66,7 +65,7 @@ def job(case: Case, device: str) -> Job:
     return Job(OP, case.name, Peer(lambda: zipfast.ops.gram(x, k, base, case.path)), found, agree, options)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@parametrize("case", CASES, ids=lambda c: c.name)
 def test_gram(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     timed(job(case, run.device))
 

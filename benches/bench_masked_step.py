@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import peers
-import pytest
 import torch
-from bench_apply_mask import masks, noise, resnet18
+from bench_apply_mask import masks, noise, resnet18, size
 from bench_blend import WIDE, transformer
-from harness import Job, Peer, Row, Run, main
+from harness import Job, Peer, Row, Run, main, parametrize
 from torch import Tensor
 
 import zipfast
@@ -30,17 +29,18 @@ class Case:
     rule: str
     density: float
     large: bool = False
+    width: int = 64
 
     @property
     def name(self) -> str:
         if self.large:
             alive = "" if self.density == 0.8 else f", {self.density:.0%} alive"
             return f"100M, {'sgd momentum' if self.rule == 'sgd' else self.rule}{alive}"
-        return f"{self.rule} 11.7 M float32, {self.density:.0%} alive"
+        return f"{self.rule} {size(self.width)} float32, {self.density:.0%} alive"
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        return transformer(WIDE) if self.large else resnet18()
+        return transformer(WIDE) if self.large else resnet18(self.width)
 
 
 CASES = [Case(rule, density) for rule in ("sgd", "adam") for density in (0.8, 0.2, 0.02)]
@@ -101,11 +101,11 @@ def job(case: Case, device: str) -> Job:
         peers.REFERENCE: Peer(peers.by_reference(theirs.step)),
     }
     streams = 5 if case.rule == "sgd" else 7
-    size = float(sum(4 * streams * p.numel() + m.numel() for p, m in zip(ours.param, packed)))
-    return Job(OP, case.name, Peer(ours.step), found, agree, {"bytes": size})
+    moved = float(sum(4 * streams * p.numel() + m.numel() for p, m in zip(ours.param, packed)))
+    return Job(OP, case.name, Peer(ours.step), found, agree, {"bytes": moved})
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@parametrize("case", CASES, ids=lambda c: c.name)
 def test_masked_step(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     timed(job(case, run.device))
 

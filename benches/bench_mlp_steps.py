@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import harness
-import pytest
 import torch
-from harness import Job, Peer, Row, Run, main
+from harness import Job, Peer, Row, Run, main, parametrize
 from torch import Tensor, nn
 
 import zipfast
@@ -107,7 +106,7 @@ def job(case: Case, device: str) -> Job:
     return Job(OP, case.name, Peer(ours, fresh), found, agree, {"flops": flops, "extra": {"steps": STEPS}})
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@parametrize("case", CASES, ids=lambda c: c.name)
 def test_mlp_steps(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     timed(job(case, run.device))
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import peers
-import pytest
 import torch
-from harness import Agree, Job, Peer, Row, Run, main
+from harness import Agree, Job, Peer, Row, Run, main, parametrize, skip
 from torch import Tensor
 
 import zipfast
@@ -169,13 +168,14 @@ def job(case: Case, device: str) -> Job:
     features = activations(case, device)
     state, theirs = (State(features, [case.channels], device) for _ in range(2))
     found = {
-        "torch.cov": Peer(lambda: peers.torch_cov(features, 1)),
+        "torch.cov": Peer(lambda: peers.torch_cov(features, 1), package="torch.cov"),
         **plain_products(features, device != "cpu"),
         peers.REFERENCE: Peer(lambda s: peers.by_reference(s.update)(), theirs.reset),
     }
     public = peers.zipit("metric_calculators")
     if public is not None:
-        found[peers.ZIPIT] = Peer(lambda metric: peers.zipit_update(metric, features, 1), public.CovarianceMetric)
+        fresh = public.CovarianceMetric
+        found[peers.ZIPIT] = Peer(lambda metric: peers.zipit_update(metric, features, 1), fresh, "ZipIt")
     if device != "cpu":
         found[peers.ZIPIT_STEPS] = Peer(lambda steps: steps.update(features, 1), peers.StepsOfZipit)
     options = {
@@ -197,14 +197,14 @@ def network(device: str, dtype: torch.dtype, batch: int = 64) -> Job:
     cases = [Case(c, s, batch, dtype) for c, s, times in RESNET50 for _ in range(times)]
     per_space = [activations(c, device) for c in cases]
     state = State([x for own in per_space for x in own], [c.channels for c in cases], device)
-    found = {"torch.cov": Peer(lambda: [peers.torch_cov(own, 1) for own in per_space])}
+    found = {"torch.cov": Peer(lambda: [peers.torch_cov(own, 1) for own in per_space], package="torch.cov")}
     public = peers.zipit("metric_calculators")
     if public is not None:
 
         def each_update(metrics: list[Any]) -> list[Any]:
             return [peers.zipit_update(m, own, 1) for m, own in zip(metrics, per_space)]
 
-        found[peers.ZIPIT] = Peer(each_update, lambda: [public.CovarianceMetric() for _ in cases])
+        found[peers.ZIPIT] = Peer(each_update, lambda: [public.CovarianceMetric() for _ in cases], "ZipIt")
 
     def each_step(steps: list[peers.StepsOfZipit]) -> list[peers.StepsOfZipit]:
         return [s.update(own, 1) for s, own in zip(steps, per_space)]
@@ -229,17 +229,17 @@ def network(device: str, dtype: torch.dtype, batch: int = 64) -> Job:
     return Job(OP, name, Peer(State.update, state.reset), found, agree, options)
 
 
-@pytest.mark.parametrize("case", CUDA, ids=lambda c: c.name)
+@parametrize("case", CUDA, ids=lambda c: c.name)
 def test_moments(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     if run.device == "cpu" and case.dtype == torch.float16:
-        pytest.skip("the half-precision shapes are those of a GPU's autocast features")
+        skip("the half-precision shapes are those of a GPU's autocast features")
     timed(job(case, run.device))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_moments_network(dtype: torch.dtype, run: Run, timed: Callable[[Job], Row]) -> None:
     if run.device == "cpu":
-        pytest.skip("a whole ResNet-50 takes seconds per call on a CPU; its shapes are above, one by one")
+        skip("a whole ResNet-50 takes seconds per call on a CPU; its shapes are above, one by one")
     timed(network(run.device, dtype))
 
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import peers
-import pytest
 import torch
-from harness import Job, Peer, Row, Run, main
+from harness import Job, Peer, Row, Run, main, parametrize
 from torch import Tensor
 
 import zipfast
@@ -100,7 +99,7 @@ def finish(case: Case, ours: Callable[[], Any], found: dict[str, Peer], weights:
     return Job(OP, case.name, Peer(ours), found, agree, options)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@parametrize("case", CASES, ids=lambda c: c.name)
 def test_regroup(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     timed(job(case, run.device))
 

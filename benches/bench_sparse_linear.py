@@ -18,9 +18,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import pytest
 import torch
-from harness import Job, Peer, Row, Run, main
+from harness import Job, Peer, Row, Run, main, parametrize, skip
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -168,14 +167,14 @@ def decode_job(case: Decode, device: str) -> Job:
     return Job(OP, case.name, Peer(lambda: ops.sparse_linear(*next(ours), x, None)), found, check, options)
 
 
-@pytest.mark.parametrize("case", DECODE, ids=lambda c: c.name)
+@parametrize("case", DECODE, ids=lambda c: c.name)
 def test_decoding(case: Decode, run: Run, timed: Callable[[Job], Row]) -> None:
     if not run.clock.cuda:
-        pytest.skip("a case for GPUs")
+        skip("a case for GPUs")
     timed(decode_job(case, run.device))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@parametrize("case", CASES, ids=lambda c: c.name)
 def test_sparse_linear(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     timed(job(case, run.device))
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import peers
-import pytest
 import torch
-from harness import Job, Peer, Row, Run, main
+from harness import Job, Peer, Row, Run, main, parametrize, skip
 from torch import Tensor
 from torch.nn.utils import prune
 
@@ -34,11 +33,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     alive: float = 1.0  # before
     large: bool = False  # 100 M weights, for a GPU
+    width: int = 64  # of the first convolution
 
     @property
     def name(self) -> str:
         before = f" of {self.alive:.0%} alive" if self.alive < 1 else ""
-        network = "100M" if self.large else "ResNet-18"
+        network = "100M" if self.large else "ResNet-18" + (f" of width {self.width}" if self.width != 64 else "")
         return f"{network}, {self.share:.0%} dropped{before}, {str(self.dtype).removeprefix('torch.')}"
 
 
@@ -50,13 +50,13 @@ def cases(device: str) -> list[Case]:
     return CASES if torch.device(device).type == "cpu" else CASES + LARGE
 
 
-def resnet() -> list[tuple[int, ...]]:
+def resnet(first: int = 64) -> list[tuple[int, ...]]:
     """Shapes of the weights of the convolutions and the head of a ResNet-18."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), *[(64, 64, 3, 3)] * 4]
-    for width in (128, 256, 512):
+    shapes: list[tuple[int, ...]] = [(first, 3, 7, 7), *[(first, first, 3, 3)] * 4]
+    for width in (2 * first, 4 * first, 8 * first):
         half = width // 2
         shapes += [(width, half, 3, 3), (width, width, 3, 3), (width, half, 1, 1), *[(width, width, 3, 3)] * 2]
-    return [*shapes, (1000, 512)]
+    return [*shapes, (1000, 8 * first)]
 
 
 def transformer() -> list[tuple[int, ...]]:
@@ -80,7 +80,7 @@ def bits(kept: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 
 
 def job(case: Case, device: str) -> Job:
-    x = weights(transformer() if case.large else resnet(), case.dtype, device)
+    x = weights(transformer() if case.large else resnet(case.width), case.dtype, device)
     group, total = [0] * len(x), sum(t.numel() for t in x)
     before: list[Tensor] = []
     if case.alive < 1:
@@ -129,19 +129,19 @@ def job(case: Case, device: str) -> Job:
         odd = torch.cat([t.reshape(-1)[d].abs() for t, d in zip(x, differ)])
         assert odd.unique().numel() <= 1, f"{odd.numel()} weights of several magnitudes"
 
-    found = {"prune.global_unstructured": Peer(torch_prune, modules), KTH: Peer(by_kthvalue)}
+    found = {"prune.global_unstructured": Peer(torch_prune, modules, "torch.nn.utils.prune"), KTH: Peer(by_kthvalue)}
     if case.dtype == torch.float32 and not case.large:  # ten seconds for 100 M
-        found[SORTED] = Peer(by_sorting)
+        found[SORTED] = Peer(by_sorting, package="numpy")
     if case is CASES[0]:  # it sorts twice
         found[peers.REFERENCE] = Peer(peers.by_reference(packed))
     size = float(sum(t.numel() * t.element_size() for t in x)) + total / 8 * (2 if before else 1)
     return Job(OP, case.name, Peer(packed), found, agree, {"bytes": size, "extra": {"weights": total, "dropped": drop}})
 
 
-@pytest.mark.parametrize("case", CASES + LARGE, ids=lambda c: c.name)
+@parametrize("case", CASES + LARGE, ids=lambda c: c.name)
 def test_threshold(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     if case not in cases(run.device):
-        pytest.skip("100 M weights are for a GPU")
+        skip("100 M weights are for a GPU")
     timed(job(case, run.device))
 
 

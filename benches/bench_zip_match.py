@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import peers
-import pytest
 import torch
-from harness import ROOT, Job, Peer, Row, Run, main
+from harness import ROOT, Job, Peer, Row, Run, main, parametrize, skip
 from torch import Tensor
 
 import zipfast
@@ -107,7 +106,9 @@ def job(case: Case, device: str) -> Job:
     if public is not None:
         # It writes into its argument, hence a fresh clone for each call, made outside the timed region.
         found[peers.ZIPIT] = Peer(
-            lambda metric: public.match_tensors_zipit(metric, r=0.5, a=ALPHA, b=BETA), lambda: {"cossim": sim.clone()}
+            lambda metric: public.match_tensors_zipit(metric, r=0.5, a=ALPHA, b=BETA),
+            lambda: {"cossim": sim.clone()},
+            "ZipIt",
         )
     if device != "cpu" and not case.compat:
         found[SEQUENTIAL] = Peer(lambda: match([sim], case.compat, SEQUENTIAL))
@@ -222,7 +223,7 @@ def annotate(run: Run, row: Row) -> None:
         row.extra["growth_exponent"] = math.log(row.ours["ms"] / small.ours["ms"]) / math.log(n / 1024)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@parametrize("case", CASES, ids=lambda c: c.name)
 def test_zip_match(case: Case, run: Run, timed: Callable[[Job], Row]) -> None:
     timed(job(case, run.device))
 
@@ -231,10 +232,10 @@ def test_zip_match_list(run: Run, timed: Callable[[Job], Row]) -> None:
     timed(list_job(run.device))
 
 
-@pytest.mark.parametrize("number", range(len(CUDA_SIZES) + 1))
+@parametrize("number", range(len(CUDA_SIZES) + 1))
 def test_zip_match_cuda(number: int, run: Run, timed: Callable[[Job], Row]) -> None:
     if run.device == "cpu":
-        pytest.skip("compares CUDA kernels")
+        skip("compares CUDA kernels")
     timed(cuda_jobs(run.device)[number]())
 
 

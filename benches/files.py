@@ -22,6 +22,8 @@ def results_folder() -> Path:
 def commit() -> str:
     if os.environ.get("ZIPFAST_COMMIT"):
         return os.environ["ZIPFAST_COMMIT"]
+    if not (ROOT / ".git").exists():  # whatever checkout this tree may lie in is another's
+        return "unknown"
     try:
         asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10)
         status = ["git", "status", "--porcelain", "--", "csrc", "zipfast"]

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,17 +40,47 @@ class Disagreement(AssertionError):
 
 @dataclass(frozen=True)
 class Peer:
-    """What a user would call otherwise.  ``prepare`` runs untimed before each call; its result is the argument."""
+    """What a user would call otherwise.  ``prepare`` runs untimed before each call; its result is the argument.
+
+    ``package``: whose code it is, one of ``offers.PEERS``.
+    """
 
     run: Callable[..., Any]
     prepare: Callable[[], Any] | None = None
+    package: str = "torch"
 
     def call(self) -> Any:
         return self.run() if self.prepare is None else self.run(self.prepare())
 
 
+def parametrize(*arguments: Any, **options: Any) -> Callable[[Any], Any]:
+    """``pytest.mark.parametrize`` in a run of pytest; elsewhere pytest need not be installed, and tests are not called."""
+    pytest = sys.modules.get("pytest")
+    return (lambda test: test) if pytest is None else pytest.mark.parametrize(*arguments, **options)
+
+
+def skip(reason: str) -> None:
+    """Skip the test that is running, with its reason."""
+    import pytest
+
+    pytest.skip(reason)
+
+
 def as_peer(p: Peer | Callable[[], Any]) -> Peer:
     return p if isinstance(p, Peer) else Peer(p)
+
+
+def guarded(build: Callable[[], Peer], package: str) -> Peer:
+    """What ``build`` makes; where it raises, a peer that raises the same when it is called, and costs no other peer."""
+    try:
+        return build()
+    except Exception as e:
+        error = e
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    return Peer(fail, package=package)
 
 
 @dataclass(frozen=True)

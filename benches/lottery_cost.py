@@ -40,6 +40,9 @@ def data() -> list[tuple[Tensor, Tensor]]:
     return [(x[a:b].contiguous(), y[a:b].contiguous()) for a, b in pairwise(SPLIT)]
 
 
+Parts = list[tuple[Tensor, Tensor]]  # training, validation and test data
+
+
 def network() -> nn.Module:
     return PRESETS["lenet-300-100"].build(image_size=8)
 
@@ -47,11 +50,11 @@ def network() -> nn.Module:
 class Ours:
     """zipfast.lottery, a level more at each call."""
 
-    def __init__(self, folder: Path) -> None:
-        train, validation, test = data()
+    def __init__(self, folder: Path, parts: Parts | None = None, iterations: int = ITERATIONS) -> None:
+        train, validation, test = parts or data()
         self.folder = folder
-        batches = Batches(*train, BATCH), Batches(*validation, 300), Batches(*test, 797)
-        self.task = Task(network, *batches, ITERATIONS, lambda p: torch.optim.Adam(p, 1.2e-3))
+        batches = Batches(*train, BATCH), Batches(*validation, len(validation[0])), Batches(*test, len(test[0]))
+        self.task = Task(network, *batches, iterations, lambda p: torch.optim.Adam(p, 1.2e-3))
 
     def level(self, level: int) -> tuple[int, float]:
         found = lottery(self.task, out=self.folder, levels=level, every=EVERY)
@@ -61,9 +64,9 @@ class Ours:
 class Loop:
     """What a careful user writes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, parts: Parts | None = None) -> None:
         self.folder = folder
-        self.train, self.validation, self.test = data()
+        self.train, self.validation, self.test = parts or data()
         torch.manual_seed(0)
         self.model = network()
         self.start = {k: v.clone() for k, v in self.model.state_dict().items()}

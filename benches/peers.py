@@ -32,17 +32,17 @@ def zipit(module: str) -> ModuleType | None:
     folder = os.environ.get("ZIPFAST_ZIPIT")
     if not folder:
         return None
-    return _module(Path(folder) / f"{module}.py", "ZIPFAST_ZIPIT")
+    return module_of(Path(folder) / f"{module}.py", "ZIPFAST_ZIPIT")
 
 
 @functools.cache
 def logme() -> type | None:
     """The public LogME class, or None where ZIPFAST_LOGME is not set. It needs numba, and compiles when it is imported."""
     folder = os.environ.get("ZIPFAST_LOGME")
-    return None if not folder else _module(Path(folder) / "LogME.py", "ZIPFAST_LOGME").LogME
+    return None if not folder else module_of(Path(folder) / "LogME.py", "ZIPFAST_LOGME").LogME
 
 
-def _module(path: Path, variable: str) -> ModuleType:
+def module_of(path: Path, variable: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{variable.lower()}_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"{variable} is {path.parent}, which has no {path.name}")

@@ -24,7 +24,14 @@ GOALS = """\
 
 What the CUDA kernels are to reach. A row counts only if exactly this case was measured on such a GPU, agreement checked
 first; "not measured" claims nothing. *% of ceiling* is against the rates measured in the same run."""
-HEAD = """\
+READ = """\
+How to read the tables: results are compared first, and only what agrees is timed. Ours and a peer then run in pairs,
+A B A B, each with a cold cache. *ours* is the median; *spread* its interquartile range as a share of the median. A
+peer's cell is its median and, in brackets, the median of the per-pair ratios: 3.00x says that the peer takes three
+times as long as zipfast; below 1 the peer is faster. *% of ceiling* is the time that the case needs at the measured
+copy or GEMM rate, over the measured time; above 100 % the op beats the library's own square GEMM, per useful flop.
+"""
+HEAD = f"""\
 # Benchmarks
 
 This page is generated from `benches/results/*.json`; do not edit it. To measure and write it anew:
@@ -35,12 +42,7 @@ make gpu ONLY=bench                # GPU; one of them: ONLY=bench:moments
 python benches/report.py
 ```
 
-How to read the tables: results are compared first, and only what agrees is timed. Ours and a peer then run in pairs,
-A B A B, each with a cold cache. *ours* is the median; *spread* its interquartile range as a share of the median. A
-peer's cell is its median and, in brackets, the median of the per-pair ratios: 3.00x says that the peer takes three
-times as long as zipfast; below 1 the peer is faster. *% of ceiling* is the time that the case needs at the measured
-copy or GEMM rate, over the measured time; above 100 % the op beats the library's own square GEMM, per useful flop.
-"""
+{READ}"""
 
 
 def load(folder: Path) -> list[dict[str, Any]]:

@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = "find lottery tickets: sparse networks that train as well as the dense one, with their controls"
     ticket = commands.add_parser("ticket", help=about, allow_abbrev=False)
 
+    about = "measure every op and system beside its installed peers on this machine, and write a report"
+    bench = commands.add_parser("bench", help=about, allow_abbrev=False)
+
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["zip"]:
         return _command(zip_, "zip", given[1:])
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _command(soup, "soup", given[1:])
     if given[:1] == ["ticket"]:
         return _command(ticket, "ticket", given[1:])
+    if given[:1] == ["bench"]:
+        return _command(bench, "bench", given[1:])
     args = parser.parse_args(given)
     try:
         return _info(args) if args.command == "info" else _demo(args)

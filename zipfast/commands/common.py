@@ -110,6 +110,15 @@ def numbers(text: str | Sequence[Any]) -> list[float]:
         raise argparse.ArgumentTypeError(f"must be numbers with commas between them, got {text!r}") from None
 
 
+def names(text: str | Sequence[str]) -> list[str]:
+    """'logme,knn' as a list; a YAML file may hold the list."""
+    if isinstance(text, str):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if not isinstance(text, Sequence) or not all(isinstance(part, str) for part in text):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return list(text)
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """The options from a YAML file, if one is named, with those of the command line on top.
 

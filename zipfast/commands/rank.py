@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--labels", metavar="FILE", help=".npy, for saved features without their own")
     how = parser.add_argument_group("scores")
     how.add_argument(
-        "--metrics", type=names, default=["logme"], metavar="M,M", help=f"of {', '.join(METRICS)}; first sorts"
+        "--metrics", type=common.names, default=["logme"], metavar="M,M", help=f"of {', '.join(METRICS)}; first sorts"
     )
     how.add_argument("--mode", choices=tuple(MODES), default="exact", help="formula of LogME (default: %(default)s)")
     how.add_argument(
@@ -68,15 +68,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="FOLDER", help="journal, ranking.json and ranking.csv; a killed run goes on there"
     )
     job.add_argument("--save-features", metavar="FOLDER", help="keep features and labels there")
-
-
-def names(text: str | Sequence[str]) -> list[str]:
-    """'logme,knn' as a list; a YAML file may hold the list."""
-    if isinstance(text, str):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    if not isinstance(text, Sequence) or not all(isinstance(part, str) for part in text):
-        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
-    return list(text)
 
 
 def run(args: argparse.Namespace) -> int:
