@@ -129,7 +129,8 @@ class LogMEClassifier(ClassifierMixin, _Evidence):
 
     Attributes:
         classes_: [C]. coef_: [C, D], one row per class also for two. intercept_, evidence_, alpha_, beta_: [C].
-        log_evidence_: ``zipfast.logme(X, y)`` where `fit_intercept` is False. n_iter_, n_features_in_, feature_names_in_: rounds of the target that took most; as in all of scikit-learn.
+        log_evidence_: ``zipfast.logme(X, y)`` where `fit_intercept` is False.
+        n_iter_, n_features_in_, feature_names_in_: rounds of the class that took most; as in all of scikit-learn.
 
     Raises:
         ValueError: as scikit-learn's own; targets that are no classes; a single class.
