@@ -58,7 +58,7 @@ def _contract(
     wanted = {"first": rule != "sgd" or momentum != 0, "second": rule != "sgd"}
     for name, tensors in (("grad", grad), ("first", first), ("second", second)):
         check_list(NAME, name, tensors, len(param), "param")
-        if name in wanted and bool(tensors) != wanted[name]:
+        if name in wanted and (len(tensors) > 0) != wanted[name]:
             words = f"hold one tensor for each of {len(param)} in 'param'" if wanted[name] else "be an empty list"
             raise ValueError(f"{NAME}: '{name}' must {words} for this rule and momentum, got {len(tensors)}")
         for i, (t, p) in enumerate(zip(tensors, param)):
