@@ -70,6 +70,8 @@ ERRORS: list[tuple[Callable[[Any, nn.Module], Any], type, str, bool]] = [  # the
      ValueError, "'parameters' must hold a pair (module, name), got none", False),
     (lambda p, m: p.global_unstructured([(m, "weight"), (nn.Linear(2, 2).to("meta"), "weight")], p.L1Unstructured, amount=1),
      ValueError, "'parameters' must be on one device, got cpu, meta", False),
+    (lambda p, m: p.identity(nn.Linear(2, 2, device="meta"), "weight"),
+     RuntimeError, "prune: 'weight' must have values, got one on the device meta; load them first", False),
     (lambda p, m: p.global_unstructured([(m, "bias"), (m, "weight")], p.L1Unstructured, {(m, "weight"): NAN}, amount=1),
      ValueError, "got NaN at flat index 2 of tensor 1", False),
     (lambda p, m: p.PruningContainer().add_pruning_method(3),

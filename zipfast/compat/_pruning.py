@@ -103,7 +103,7 @@ class BasePruningMethod(ABC):
         parameter = check_parameter(module, self._tensor_name, "remove")
         kept = current(parameter, self._kept)
         kept.settle(parameter)
-        kept.release()
+        self._kept.release()  # not that of another layer which shares the parameter
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
             del module._forward_pre_hooks[key]
         dress(module)
@@ -254,6 +254,8 @@ def named(method: Any, name: str) -> Any:
 
 
 def scores_of(t: Tensor, given: Tensor | None, name: str) -> Tensor:
+    if t.is_meta:
+        raise RuntimeError(f"prune: {name!r} must have values, got one on the device meta; load them first")
     if given is None:
         return t.detach()
     if given.shape != t.shape:
