@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drop-in for torch.nn.utils.prune: copies, compiled code, what autocast and autograd keep, weights of two layers."""
+"""The drop-in for torch.nn.utils.prune: copies, compiled code, hooks, what autocast and autograd keep, shared weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -139,3 +140,43 @@ def test_what_the_page_says_of_swapped_parameters() -> None:
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert model.weight.dtype == torch.float32 and not dead(model).any()
+
+
+@pytest.mark.parametrize("p", [prune, torch_prune])
+def test_pruning_within_a_forward_pass(p: Any) -> None:
+    model = nn.Linear(6, 6)
+
+    def prune_more(module: nn.Module, inputs: Any) -> None:
+        p.l1_unstructured(module, "weight", 5)
+
+    model.register_forward_pre_hook(prune_more)
+    for count in (5, 10, 15):
+        model(torch.ones(1, 6)).sum().backward()
+        assert int((model.weight == 0).sum()) == count and int(model.weight_mask.sum()) == 36 - count
+
+
+def test_removing_within_a_forward_pass() -> None:
+    model = nn.Linear(6, 6)
+    model.register_forward_pre_hook(lambda module, inputs: prune.remove(module, "weight") and None)
+    method = prune.L1Unstructured.apply(model, "weight", 12)
+    model(torch.ones(1, 6)).sum().backward()
+    assert not prune.is_pruned(model) and _kept.guard_of(model.weight) is None and model.weight.grad.all()
+    with pytest.raises(AssertionError, match="remove: Linear must be pruned by this method, got one that is not"):
+        method.remove(model)
+
+
+def test_an_optimizer_that_steps_within_the_backward_pass() -> None:
+    model = layer()
+    optimizer = torch.optim.Adam([model.weight], 0.1)
+
+    def step(parameter: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    handle = model.weight.register_post_accumulate_grad_hook(step)
+    before = model.weight.detach().clone()
+    for _ in range(3):
+        model(torch.randn(3, 6)).square().sum().backward()
+        assert not dead(model).any()
+    assert not torch.equal(model.weight, before)
+    handle.remove()  # autograd would keep all of it

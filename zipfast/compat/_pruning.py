@@ -51,7 +51,9 @@ class BasePruningMethod(ABC):
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """The hook before each forward pass."""
-        self._kept.before_forward(module)
+        kept = getattr(self, "_kept", None)
+        if kept is not None:  # else an earlier hook of this very pass has pruned again, or called `remove`
+            kept.before_forward(module)
 
     @abstractmethod
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
@@ -106,6 +108,7 @@ class BasePruningMethod(ABC):
         self._kept.release()  # not that of another layer which shares the parameter
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
             del module._forward_pre_hooks[key]
+        del self._kept
         dress(module)
 
 
