@@ -323,6 +323,10 @@ class Batch:
         return Batch(self.x.to(device))
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
 @pytest.mark.parametrize(
     "get, form, device",
     [
@@ -334,7 +338,11 @@ class Batch:
         (lambda views: torch.cat(views), lambda x: ((x, x + 1), 0), None),
     ],
 )
-@pytest.mark.parametrize("wrap", [lambda m: m, swa.AveragedModel], ids=["plain", "averaged"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, swa.AveragedModel, compiled, lambda m: swa.AveragedModel(compiled(m))],
+    ids=["plain", "averaged", "compiled", "averaged compiled"],
+)
 def test_update_bn_with_inputs_of_other_kinds(
     get: Callable[[Any], Tensor], form: Callable[[Tensor], Any], device: Any, wrap: Callable[[nn.Module], nn.Module]
 ) -> None:

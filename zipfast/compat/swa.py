@@ -222,8 +222,9 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.devic
 
 def _by_keyword(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether a model takes these as keywords, as those of Hugging Face do, rather than as one dictionary."""
-    while isinstance(model, (swa_utils.AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+    wrappers = (swa_utils.AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or "_orig_mod" in model._modules:  # the latter of torch.compile
+        model = model.get_submodule("module" if isinstance(model, wrappers) else "_orig_mod")
     taken = inspect.signature(model.forward).parameters.values()
     return any(p.kind is p.VAR_KEYWORD for p in taken) or set(batch) <= {p.name for p in taken}
 
