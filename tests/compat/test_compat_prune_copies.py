@@ -180,3 +180,13 @@ def test_an_optimizer_that_steps_within_the_backward_pass() -> None:
         assert not dead(model).any()
     assert not torch.equal(model.weight, before)
     handle.remove()  # autograd would keep all of it
+
+
+def test_masks_of_a_state_that_lost_a_tensor_or_its_metadata() -> None:
+    model = nn.Sequential(layer(), layer())
+    state = model.state_dict()
+    state.pop("1.weight")  # a head, before fine-tuning
+    assert list(prune.masks(state)) == ["0.weight"]
+    state._metadata["0"][_kept.METADATA] = "damaged"
+    with pytest.raises(ValueError, match="masks: the metadata of 'source' must hold masks by name, got str"):
+        prune.masks(state)

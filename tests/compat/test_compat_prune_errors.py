@@ -40,6 +40,8 @@ ERRORS: list[tuple[Callable[[Any, nn.Module], Any], type, str, bool]] = [  # the
      AttributeError, "'name' must be a parameter of Linear (weight, bias), got 'wieght'", True),
     (lambda p, m: p.l1_unstructured(m, "in_features", 1),
      TypeError, "'in_features' of Linear must be a parameter, got int", False),
+    (lambda p, m: p.l1_unstructured(nn.BatchNorm1d(2), "running_mean", 1),
+     TypeError, "'running_mean' of BatchNorm1d must be a parameter, got a buffer", False),
     (lambda p, m: p.l1_unstructured(m, "weight", 1, torch.ones(3)),
      AssertionError, "must have the shape [2, 2] of 'weight', got [3]", True),
     (lambda p, m: p.l1_unstructured(m, "weight", 1, NAN),

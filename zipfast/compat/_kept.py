@@ -382,7 +382,7 @@ def check_parameter(module: nn.Module, name: str, who: str) -> nn.Parameter:
         if not hasattr(module, name):
             own = ", ".join(n for n, p in module._parameters.items() if p is not None) or "none"
             raise AttributeError(f"{who}: 'name' must be a parameter of {kind} ({own}), got {name!r}")
-        seen = type(getattr(module, name)).__name__
+        seen = "a buffer" if name in module._buffers else type(getattr(module, name)).__name__
         hint = "; undo torch.nn.utils.prune, weight norm or a parametrization first" if seen == "Tensor" else ""
         raise TypeError(f"{who}: {name!r} of {kind} must be a parameter, got {seen}{hint}")
     if parameter.dtype not in FLOATING or type(parameter.data) is not Tensor:
