@@ -243,7 +243,7 @@ def test_code_is_not_run(tmp_path, suffix, how):
 
 def test_a_whole_module_is_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt cannot be read as plain tensors"):
+    with pytest.raises(ValueError, match=r"a\.pt cannot be .* \(it would run torch\.nn\.modules\.linear\.Linear\);"):
         load(tmp_path / "a.pt")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -153,6 +154,15 @@ def save(
         save_file(plain, temporary, header)
 
 
+def why_unreadable(e: Exception) -> str:
+    """What a reader met in a file, in a few words."""
+    told = str(e).strip() or type(e).__name__
+    named = re.search(r"GLOBAL ([\w.]+)", told)
+    # torch's own first sentence advises to run the file's code; what it met stands behind.
+    met = re.search(r"WeightsUnpickler error: *(.+)", told)
+    return f"it would run {named[1]}" if named else met[1] if met else told.splitlines()[0]
+
+
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Read a state dict from .safetensors, or from .pt/.pth/.bin without running any code in it.
 
@@ -172,10 +182,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> di
     try:
         state = readers[source.suffix]()
     except Exception as e:
-        first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ValueError(
-            f"load: {source} cannot be read as plain tensors ({first}); zipfast never runs code from a checkpoint: "
-            "save its state_dict() as .safetensors"
+            f"load: {source} cannot be read as plain tensors ({why_unreadable(e)}); zipfast never runs code from a "
+            "checkpoint: save its state_dict() as .safetensors"
         ) from e
     if isinstance(state, Mapping) and "state_dict" in state and isinstance(state["state_dict"], Mapping):
         state = state["state_dict"]

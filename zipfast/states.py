@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import METADATA_KEY
+from .checkpoint import METADATA_KEY, why_unreadable
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -203,14 +202,9 @@ class _Pickle(_Memory):
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except Exception as e:  # torch.load raises whatever the file makes it raise
-            named = re.search(r"GLOBAL ([\w.]+)", str(e))
-            # torch's own first sentence advises to run the file's code; what it met stands behind.
-            met = re.search(r"WeightsUnpickler error: *(.+)", str(e))
-            first = (str(e).strip() or type(e).__name__).splitlines()[0]
-            why = f"it would run {named[1]}" if named else met[1] if met else first
             raise ValueError(
-                f"open_state: {path} cannot be read as plain tensors ({why}); code in a checkpoint is never run: save its "
-                "state_dict() as .safetensors"
+                f"open_state: {path} cannot be read as plain tensors ({why_unreadable(e)}); code in a checkpoint is never "
+                "run: save its state_dict() as .safetensors"
             ) from e
         note = None
         if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):

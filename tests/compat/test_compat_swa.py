@@ -302,6 +302,70 @@ def test_update_bn_is_that_of_torch(form: Callable[[Tensor], Any], device: torch
     swa.update_bn(iter([]), nn.Linear(2, 2))  # nothing to do
 
 
+class Inner(nn.Module):
+    """A norm behind a choice of what it is given."""
+
+    def __init__(self, get: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.get = nn.BatchNorm1d(3), get
+
+    def forward(self, x: Any) -> Tensor:
+        return self.norm(self.get(x))
+
+
+class Batch:
+    """A batch of a class of its own, as graph libraries have them."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device: Any) -> Batch:
+        return Batch(self.x.to(device))
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "get, form, device",
+    [
+        (lambda b: b["feats"], lambda x: {"feats": x}, None),
+        (lambda b: b["feats"], lambda x: ({"feats": x, "x": 3}, 1), None),
+        (lambda b: b.x, Batch, None),
+        (lambda b: b.x, Batch, "cpu"),
+        (lambda views: torch.cat(views), lambda x: [[x, x + 1], 0], None),
+        (lambda views: torch.cat(views), lambda x: ((x, x + 1), 0), None),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, swa.AveragedModel, compiled, lambda m: swa.AveragedModel(compiled(m))],
+    ids=["plain", "averaged", "compiled", "averaged compiled"],
+)
+def test_update_bn_with_inputs_of_other_kinds(
+    get: Callable[[Any], Tensor], form: Callable[[Tensor], Any], device: Any, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    one, two = wrap(Inner(get)), wrap(Inner(get))
+    loader = [form(x) for x in torch.randn(4, 8, 3)]
+    swa.update_bn(loader, one, device)
+    theirs.update_bn(loader, two, device)
+    for a, b in zip(one.buffers(), two.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, swa.AveragedModel, nn.DataParallel], ids=["plain", "averaged", "parallel"]
+)
+def test_update_bn_by_keyword(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    x = torch.randn(8, 3)
+    model = wrap(Inner(lambda t: t))
+    for device in (None, "cpu"):
+        swa.update_bn([{"x": x}], model, device)
+    (mean,) = (b for name, b in model.named_buffers() if name.endswith("running_mean"))
+    torch.testing.assert_close(mean, x.mean(0))
+
+
 def test_update_bn_where_torch_differs() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Linear(3, 2))

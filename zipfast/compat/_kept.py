@@ -16,6 +16,7 @@ A masked parameter keeps its name, its place in the module and in the optimiser,
 State dicts are plain; their metadata, which torch.save keeps and other modules ignore, carry the bits.
 
 Writing happens beside the version counter: what is dead is 0 in every pass anyway, so no backward pass loses its tensors.
+A new mask counts in it: a backward pass through weights from before would be wrong, and autograd says so.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops._check import FLOATING
-from ..ops._mask import mask_bytes, pack, unpack
+from ..ops._mask import mask_bytes, pack, popcount, unpack
 from ..tickets.masks import apply_bits_
 
 KEPT: dict[int, Kept] = {}  # id of a guarded parameter -> its mask; `guard_of` looks whether it still is that one
 _after_step: Any = None  # the handle of the hook after optimisers' steps
 METADATA = "zipfast_masks"  # in a state dict's metadata, per module
-_CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
+# (id of a class, names) -> the class of its pruned instances, which holds on to the first: neither outlives its use
+_CLASSES: weakref.WeakValueDictionary[tuple[int, tuple[str, ...]], type] = weakref.WeakValueDictionary()
 
 
 class Kept:
@@ -45,9 +48,10 @@ class Kept:
     def __init__(self, name: str, shape: torch.Size, bits: Tensor) -> None:
         self.name, self.shape, self.bits = name, shape, bits
         self._clear()
+        self.new = True
 
     def _clear(self) -> None:
-        self.settled = False
+        self.settled = self.new = False
         self.seen: tuple[Any, ...] = ()
         self.handle: Any = None
         self.owner: weakref.ref[Tensor] | None = None
@@ -70,7 +74,7 @@ class Kept:
 
     def set(self, bits: Tensor) -> None:
         """Another mask from now on."""
-        self.bits, self.near, self.settled = bits, {}, False
+        self.bits, self.near, self.settled, self.new = bits, {}, False, True
 
     def check_shape(self, parameter: Tensor) -> None:
         if parameter.shape != self.shape:
@@ -120,7 +124,15 @@ class Kept:
         """Mask the weights now."""
         self.check_shape(parameter)
         apply_bits_([parameter.data], [self.on(parameter.device)])
-        self.settled, self.seen = True, _state(parameter)
+        self.note(parameter)
+
+    def note(self, parameter: Tensor) -> None:
+        """The weights were masked just now."""
+        if self.new and not parameter.is_inference() and popcount(self.bits) < parameter.numel():
+            increment_version(parameter)
+        if torch.is_autocast_cache_enabled():
+            torch.clear_autocast_cache()  # it may hold the weights from before, in 16 bits
+        self.settled, self.new, self.seen = True, False, _state(parameter)
 
     def before_forward(self, module: nn.Module) -> None:
         """Mask the weights if they may have been written since they last were."""
@@ -184,7 +196,7 @@ def settle_all(pairs: Iterable[tuple[Tensor, Kept]]) -> None:
     for device, group in by_device.items():
         apply_bits_([p.data for p, _ in group], [kept.on(device) for _, kept in group])
         for parameter, kept in group:
-            kept.settled, kept.seen = True, _state(parameter)
+            kept.note(parameter)
 
 
 # ------------------------------------------------------------------------------------------------------- pruned modules
@@ -207,6 +219,7 @@ class Pruned:
 
     def _settle_twice(self) -> None:
         """Mask now, and once more before the next forward pass: scripts rewind weights about here."""
+        adopt_all(self)
         pairs = pairs_of(self)
         settle_all(pairs)
         for _, kept in pairs:
@@ -256,9 +269,18 @@ class Pruned:
         self._settle_twice()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        for name, kept in kept_of(
+            self
+        ).items():  # of weights that are shared, each layer takes along the mask that counts
+            if (parameter := _own(self, name)) is not None:
+                kept.bits = current(parameter, kept).bits
         parts: Any = super().__reduce_ex__(protocol)
         _, _, *rest = parts
         return _rebuild, (self._unpruned, self._pruned_names), *rest
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        adopt_all(self)
 
 
 def _own(module: Any, name: str) -> nn.Parameter | None:
@@ -273,7 +295,8 @@ def _rebuild(base: Any, names: tuple[str, ...]) -> Any:
 
 
 def _pruned_class(base: type, names: tuple[str, ...]) -> type:
-    if (base, names) not in _CLASSES:
+    found = _CLASSES.get((id(base), names))
+    if found is None:
         body: dict[str, Any] = {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
@@ -281,8 +304,9 @@ def _pruned_class(base: type, names: tuple[str, ...]) -> type:
         }
         for name in names:
             body[f"{name}_mask"], body[f"{name}_orig"] = _mask_property(name), _orig_property(name)
-        _CLASSES[base, names] = type(base.__name__, (Pruned, base), {**body, "_unpruned": base, "_pruned_names": names})
-    return _CLASSES[base, names]
+        found = type(base.__name__, (Pruned, base), {**body, "_unpruned": base, "_pruned_names": names})
+        _CLASSES[id(base), names] = found
+    return found
 
 
 def _mask_property(name: str) -> property:
@@ -321,6 +345,13 @@ def pairs_of(module: Any) -> list[tuple[Tensor, Kept]]:
     return [(p, current(p, kept)) for p, kept in found if p is not None]
 
 
+def adopt_all(module: Any) -> None:
+    """Guard the parameters of one module now: some are read without its forward pass, or from compiled code."""
+    for name, kept in kept_of(module).items():
+        if (parameter := _own(module, name)) is not None:
+            current(parameter, kept).adopt(parameter)
+
+
 def current(parameter: Tensor, own: Kept) -> Kept:
     """The mask that counts: the one that guards the parameter, before that of this layer."""
     return guard_of(parameter) or own
@@ -330,7 +361,7 @@ def dress(module: nn.Module) -> None:
     """Give a module the class that fits what is pruned in it: its own where nothing is."""
     names = tuple(kept_of(module))
     own = type(module)
-    if isinstance(module, Pruned) and own is not _CLASSES.get((module._unpruned, module._pruned_names)):
+    if isinstance(module, Pruned) and own is not _CLASSES.get((id(module._unpruned), module._pruned_names)):
         return  # somebody changed the class once more, parametrizations for instance: theirs to undo
     base = module._unpruned if isinstance(module, Pruned) else own
     module.__class__ = _pruned_class(base, names) if names else base
@@ -351,7 +382,7 @@ def check_parameter(module: nn.Module, name: str, who: str) -> nn.Parameter:
         if not hasattr(module, name):
             own = ", ".join(n for n, p in module._parameters.items() if p is not None) or "none"
             raise AttributeError(f"{who}: 'name' must be a parameter of {kind} ({own}), got {name!r}")
-        seen = type(getattr(module, name)).__name__
+        seen = "a buffer" if name in module._buffers else type(getattr(module, name)).__name__
         hint = "; undo torch.nn.utils.prune, weight norm or a parametrization first" if seen == "Tensor" else ""
         raise TypeError(f"{who}: {name!r} of {kind} must be a parameter, got {seen}{hint}")
     if parameter.dtype not in FLOATING or type(parameter.data) is not Tensor:

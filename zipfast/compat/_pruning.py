@@ -51,7 +51,9 @@ class BasePruningMethod(ABC):
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """The hook before each forward pass."""
-        self._kept.before_forward(module)
+        kept = getattr(self, "_kept", None)
+        if kept is not None:  # else an earlier hook of this very pass has pruned again, or called `remove`
+            kept.before_forward(module)
 
     @abstractmethod
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
@@ -103,9 +105,10 @@ class BasePruningMethod(ABC):
         parameter = check_parameter(module, self._tensor_name, "remove")
         kept = current(parameter, self._kept)
         kept.settle(parameter)
-        kept.release()
+        self._kept.release()  # not that of another layer which shares the parameter
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
             del module._forward_pre_hooks[key]
+        del self._kept
         dress(module)
 
 
@@ -254,6 +257,8 @@ def named(method: Any, name: str) -> Any:
 
 
 def scores_of(t: Tensor, given: Tensor | None, name: str) -> Tensor:
+    if t.is_meta:
+        raise RuntimeError(f"prune: {name!r} must have values, got one on the device meta; load them first")
     if given is None:
         return t.detach()
     if given.shape != t.shape:

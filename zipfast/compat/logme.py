@@ -120,6 +120,8 @@ def _named(op: str, argument: str) -> Iterator[None]:
         told = str(e).partition(": ")[2]
         for inside in ("features", "probabilities", "source_labels", "labels"):
             told = told.replace(f"'{inside}'", f"'{argument}'")
+        for option in ("; rows to leave out are named by", "; for values use", ", for several labels a sample"):
+            told = told.partition(option)[0]  # what follows is about options that these functions have not
         raise type(e)(f"{op}: {told}") from None
 
 

@@ -205,7 +205,7 @@ def masks(source: nn.Module | Mapping[str, Tensor]) -> Masks:
 
     Args:
         source: a module; or the state dict of one, which carries them in its metadata (through ``copy.deepcopy`` and
-            ``torch.save``, but not through other formats).
+            ``torch.save``, but not through other formats); of the tensors that it still holds.
 
     Raises:
         ValueError: nothing is pruned, or the metadata are damaged.
@@ -214,8 +214,13 @@ def masks(source: nn.Module | Mapping[str, Tensor]) -> Masks:
     shapes: dict[str, tuple[int, ...]] = {}
     if not isinstance(source, nn.Module):
         for prefix, about in getattr(source, "_metadata", {}).items():
-            for name, own in about.get(METADATA, {}).items():
+            saved = about.get(METADATA, {})
+            if not isinstance(saved, Mapping):
+                raise ValueError(f"masks: the metadata of 'source' must hold masks by name, got {type(saved).__name__}")
+            for name, own in saved.items():
                 full = f"{prefix}.{name}" if prefix else name
+                if full not in source:
+                    continue  # taken out of the state, as heads are before fine-tuning
                 shapes[full] = tuple(source[full].shape)
                 bits[full] = check_bits(own, shapes[full], f"masks: the mask of {full!r}")
     else:

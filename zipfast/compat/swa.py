@@ -14,7 +14,8 @@ Reference: Izmailov et al. 2018 (SWA, arXiv 1803.05407), §3; Polyak & Juditsky 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.optim.swa_utils import SWALR, get_ema_avg_fn, get_swa_avg_fn
 
-from ..merging.repair import reestimate_batchnorm
+from ..merging.repair import reestimate
 from ..ops import blend_
 from ..ops.blend import FINITE
 
@@ -195,16 +196,37 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.devic
     """Batch-norm statistics of a model, as the average over the batches of one pass; the model is else unchanged.
 
     Args:
-        loader: tensors, or tuples and lists that begin with one, or mappings of keyword arguments.
+        loader: what the model takes as its one argument, or tuples and lists that begin with it. A mapping whose keys are
+            all parameters of the model's `forward` is passed by keyword.
         model: changed in place: the statistics of its norm layers.
-        device: accepted as torch does; batches go to the device of the model's first parameter.
+        device: where inputs go; None: tensors, and those within mappings, to that of the model's first parameter.
 
     Raises:
         ValueError: norm layers but no batch. Whatever stops the pass leaves the statistics as they were.
 
-    Cost: one forward pass a batch; see :func:`zipfast.merging.reestimate_batchnorm`, which it is.
+    Cost: one forward pass a batch; see :func:`zipfast.merging.reestimate_batchnorm`, which does it.
     """
-    reestimate_batchnorm(model, loader)
+
+    def inputs(batch: Any, own: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        first = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if isinstance(first, Mapping):
+            to = own if device is None else device
+            moved = {k: v.to(to) if isinstance(v, Tensor) else v for k, v in first.items()}
+            return ((), moved) if _by_keyword(model, moved) else ((moved,), {})
+        if device is not None or isinstance(first, Tensor):
+            first = first.to(own if device is None else device)
+        return (first,), {}
+
+    reestimate(model, loader, inputs)
+
+
+def _by_keyword(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether a model takes these as keywords, as those of Hugging Face do, rather than as one dictionary."""
+    wrappers = (swa_utils.AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or "_orig_mod" in model._modules:  # the latter of torch.compile
+        model = model.get_submodule("module" if isinstance(model, wrappers) else "_orig_mod")
+    taken = inspect.signature(model.forward).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in taken) or set(batch) <= {p.name for p in taken}
 
 
 def _mark(t: Tensor) -> tuple[int, int]:

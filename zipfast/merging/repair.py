@@ -10,7 +10,7 @@ Cost: one forward pass per batch, no gradients, no memory beyond the layers' sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from typing import Any
 
@@ -48,6 +48,16 @@ def reestimate_batchnorm(module: nn.Module, batches: Iterable[Any], *, max_batch
 
     Reference: Stoica et al. 2024 (ZipIt!), §4.3; Jordan et al. 2023 (REPAIR), §3.
     """
+    return reestimate(module, batches, batch_inputs, max_batches)
+
+
+def reestimate(
+    module: nn.Module,
+    batches: Iterable[Any],
+    inputs: Callable[[Any, torch.device], tuple[tuple[Any, ...], dict[str, Any]]],
+    max_batches: int | None = None,
+) -> int:
+    """`reestimate_batchnorm` with a rule of one's own: `inputs` (batch, device) -> (args, kwargs) of the forward call."""
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"reestimate_batchnorm: 'max_batches' must be at least 1 or None, got {max_batches}")
     layers = [m for m in module.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
@@ -70,7 +80,7 @@ def reestimate_batchnorm(module: nn.Module, batches: Iterable[Any], *, max_batch
             layer.reset_running_stats()
         with torch.no_grad():
             for batch in chain(first, iterator):
-                args, kwargs = batch_inputs(batch, tensor.device)
+                args, kwargs = inputs(batch, tensor.device)
                 module(*args, **kwargs)
             _share(layers)
     except BaseException:
