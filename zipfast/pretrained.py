@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint
 from .states import INDEXES, PICKLES, SINGLES
@@ -115,6 +115,31 @@ def is_pretrained(model: Any) -> bool:
 def wants_folder(path: str | os.PathLike[str], model: Any) -> bool:
     """Whether a result goes into a folder by its path: neither .safetensors nor a pickle, of a model of transformers."""
     return is_pretrained(model) and Path(path).suffix not in (".safetensors", *PICKLES)
+
+
+def renamed(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Weights under the names of a model's own parameters, where they have those of its files.
+
+    transformers 5 gives some architectures (ViT among them) other names in memory than in the files that it reads and
+    writes. Its own ``from_pretrained`` translates; None where it finds weights missing, left over or of another shape.
+
+    Cost: the model is built and filled once.
+    """
+    with torch.random.fork_rng([]), redirect_stderr(io.StringIO()):  # progress bars
+        try:
+            own, found = type(model).from_pretrained(
+                None,
+                config=copy.deepcopy(model.config),
+                state_dict=dict(state),
+                dtype=model.dtype,
+                output_loading_info=True,
+            )
+        except RuntimeError:  # shapes that do not fit
+            return None
+    if any(found.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")):
+        return None
+    result: dict[str, Tensor] = own.state_dict()
+    return result
 
 
 def save_pretrained(
