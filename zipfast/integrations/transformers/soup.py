@@ -18,7 +18,7 @@ from ...merging import reestimate_batchnorm
 from ...pretrained import WEIGHTS, save_pretrained
 from ...soups import uniform_soup
 from ...soups.recipes import ACCEPT, Tried
-from .common import TrainerCallback, undisturbed
+from .common import TrainerCallback, check_resumed, undisturbed
 
 EVENTS = ("evaluate", "save", "epoch")
 FILE = "greedy.json"
@@ -108,6 +108,7 @@ class GreedySoupCallback(TrainerCallback):
                 f"GreedySoupCallback: 'args' must train in one process, got {args.world_size}; keep the checkpoints and "
                 "call zipfast.greedy_soup on them afterwards"
             )
+        check_resumed("GreedySoupCallback", args, state, model)
         there = self._read()
         if there and state.global_step == 0 and not self.overwrite:
             raise ValueError(

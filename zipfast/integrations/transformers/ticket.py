@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...tickets import MaskedOptimizer, Masks
 from ...tickets.masks import SCOPES, Rates, apply_bits_
 from ...tickets.optim import MODES
-from .common import TrainerCallback, checkpoint_folder, recall, remember
+from .common import TrainerCallback, check_resumed, checkpoint_folder, not_loaded, recall, remember
 
 KEY = "TicketCallback"
 FILE = "masks.safetensors"
@@ -79,6 +79,7 @@ class TicketCallback(TrainerCallback):
     ) -> None:
         """Mask the model and find the masks of the checkpoint, if it is resumed."""
         self._check(args, state)
+        check_resumed("TicketCallback", args, state, model)
         masks = self.start
         if masks is None:
             masks = Masks.ones(model, only=self.only, ignore=self.ignore)
@@ -125,6 +126,13 @@ class TicketCallback(TrainerCallback):
         if not file.is_file():
             warnings.warn(
                 f"TicketCallback: the best model, {file.parent}, has no {FILE}: what it has pruned is not known",
+                stacklevel=2,
+            )
+            return
+        if key := not_loaded(model, file.parent):
+            warnings.warn(
+                f"TicketCallback: the Trainer has not loaded the best model, {file.parent}, but kept another {key!r}: names "
+                f"in memory are not those of the file; load it by {type(model).__name__}.from_pretrained",
                 stacklevel=2,
             )
             return
