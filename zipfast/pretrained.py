@@ -35,6 +35,7 @@ COMPANIONS = (
 )  # fmt: skip
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", *INDEXES)
 PROVENANCE = "zipfast.json"
+SPEAKERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 DTYPE_ENTRIES = ("dtype", "torch_dtype")  # of transformers 5 and 4
 
 
@@ -52,6 +53,19 @@ def folder_of(name: str | os.PathLike[str]) -> Path | None:
     path = Path(name)
     root = path if path.is_dir() else path.parent if path.name in (*SINGLES, *INDEXES) else None
     return root if root is not None and (root / CONFIG).is_file() else None
+
+
+def ties_words(name: str | os.PathLike[str]) -> bool:
+    """Whether the folder of a checkpoint is of a language model whose output layer is its table of words."""
+    root = folder_of(name)
+    if root is None:
+        return False
+    try:
+        known = dict(json.loads((root / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # whoever needs it says so
+        return False
+    speaks = any(str(one).endswith(SPEAKERS) for one in known.get("architectures") or ())
+    return speaks and bool(known.get("tie_word_embeddings", True))  # transformers 4 leaves its default out
 
 
 def copy_companions(
