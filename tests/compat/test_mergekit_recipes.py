@@ -113,6 +113,13 @@ def test_checkpoints_of_other_frameworks(tmp_path: Path, file: str, of: str) -> 
     check_checkpoint("zipfast_linear", str(tmp_path))
 
 
+@pytest.mark.parametrize("path", ["./nothing", "{}/nothing", "some/where/nothing"])
+def test_a_path_where_nothing_is(tmp_path: Path, path: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"zipfast_linear: no model at .*nothing"):
+        check_checkpoint("zipfast_linear", path.format(tmp_path))
+    check_checkpoint("zipfast_linear", "owner/nothing")  # of the hub: mergekit's own to fetch
+
+
 def test_an_adapter_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
