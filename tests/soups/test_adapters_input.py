@@ -184,3 +184,27 @@ def test_a_base_whose_output_is_its_words(tmp_path: Path, said: bool | None) -> 
         assert merged is not None and not torch.equal(merged["embed_tokens.weight"], words)
     (base / "config.json").write_text(json.dumps({"architectures": ["TinyForCausalLM"]}))
     assert zipfast.uniform_soup([plain], base=base).state is not None
+
+
+def test_folders_that_hold_something_else(tmp_path: Path) -> None:
+    base, other = tmp_path / "base", tmp_path / "other"
+    for folder, size in ((base, 1), (other, 2)):
+        folder.mkdir()
+        save_file(base_state(), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"size": size, "dtype": "float32"}))
+        (folder / "trainer_state.json").write_text(str(size))
+    adapter = write(tmp_path / "a", factors(1, 2, ("block.0.wide",)))
+    zipfast.uniform_soup([adapter], base=base, out=other)  # the base's config, not that of what was there
+    assert json.loads((other / "config.json").read_text())["size"] == 1
+    assert (other / "trainer_state.json").read_text() == "2"
+    zipfast.uniform_soup([adapter], base=base, out=tmp_path / "half", out_dtype=torch.float16)
+    assert json.loads((tmp_path / "half" / "config.json").read_text()) == {"size": 1, "dtype": "float16"}
+    assert not (tmp_path / "half" / "trainer_state.json").exists()
+    before = (other / "model.safetensors").read_bytes(), (adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"'out' must be free for an adapter, got .*other with model.safetensors of a"):
+        zipfast.uniform_soup([adapter], out=other)
+    for given in ({"base": base}, {}):
+        sources = [adapter] if given else [base, base]
+        with pytest.raises(ValueError, match=r"'out' must be free for a whole model, got .*a with adapter_config.json"):
+            zipfast.uniform_soup(sources, out=adapter, **given)
+    assert before == ((other / "model.safetensors").read_bytes(), (adapter / "adapter_model.safetensors").read_bytes())
