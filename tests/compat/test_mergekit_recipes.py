@@ -194,7 +194,9 @@ def test_soups_that_cannot_be_chosen(files: Path, monkeypatch: pytest.MonkeyPatc
         choose_soup(paths, {"data": data, "evaluate": "judge:score"})
     with pytest.raises(ValueError, match=r"'zipfast: factory' must say what .*a.safetensors belongs to"):
         choose_soup(paths, {"data": data})
-    with pytest.raises(ValueError, match=r"zipfast_greedy_soup: 'factory' must be package.module:factory, got 'judge'"):
+    with pytest.raises(
+        ValueError, match=r"zipfast_greedy_soup: 'evaluate' must be package.module:function, got 'judge'"
+    ):
         choose_soup(paths, {"evaluate": "judge"})
     np.savez(files / "bare.npz", x=np.zeros((4, 6)))
     with pytest.raises(ValueError, match="'data' must hold labels, or the input_ids of a language model, got neither"):

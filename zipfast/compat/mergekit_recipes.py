@@ -241,7 +241,7 @@ def choose_soup(
     model = _load(paths[0], settings).to(device) if whole else None
     evaluate: Callable[[dict[str, Tensor]], float]
     if "evaluate" in settings:
-        evaluate = _Named(sources.find_callable(method, settings["evaluate"]), model)
+        evaluate = _Named(sources.find_callable(method, settings["evaluate"], "evaluate"), model)
     elif model is None:
         raise ValueError(
             f"{method}: '{KEY}: factory' must say what {paths[0]} belongs to, as package.module:name, got none"

@@ -89,6 +89,12 @@ class TicketCallback(TrainerCallback):
             masks = self._find(args, state, known["hash"], masks)
         masks.agree()
         self._attach(masks, model, optimizer, state)
+        if late := [step for step in self.schedule if step > state.max_steps]:
+            warnings.warn(
+                f"TicketCallback: 'schedule' prunes at step {late[0]}, but the training ends at {state.max_steps}: that is "
+                "not pruned",
+                stacklevel=2,
+            )
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
