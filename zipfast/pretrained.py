@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint
 from .states import INDEXES, PICKLES, SINGLES
@@ -35,6 +35,7 @@ COMPANIONS = (
 )  # fmt: skip
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", *INDEXES)
 PROVENANCE = "zipfast.json"
+SPEAKERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 DTYPE_ENTRIES = ("dtype", "torch_dtype")  # of transformers 5 and 4
 
 
@@ -52,6 +53,19 @@ def folder_of(name: str | os.PathLike[str]) -> Path | None:
     path = Path(name)
     root = path if path.is_dir() else path.parent if path.name in (*SINGLES, *INDEXES) else None
     return root if root is not None and (root / CONFIG).is_file() else None
+
+
+def ties_words(name: str | os.PathLike[str]) -> bool:
+    """Whether the folder of a checkpoint is of a language model whose output layer is its table of words."""
+    root = folder_of(name)
+    if root is None:
+        return False
+    try:
+        known = dict(json.loads((root / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # whoever needs it says so
+        return False
+    speaks = any(str(one).endswith(SPEAKERS) for one in known.get("architectures") or ())
+    return speaks and bool(known.get("tie_word_embeddings", True))  # transformers 4 leaves its default out
 
 
 def copy_companions(
@@ -115,6 +129,31 @@ def is_pretrained(model: Any) -> bool:
 def wants_folder(path: str | os.PathLike[str], model: Any) -> bool:
     """Whether a result goes into a folder by its path: neither .safetensors nor a pickle, of a model of transformers."""
     return is_pretrained(model) and Path(path).suffix not in (".safetensors", *PICKLES)
+
+
+def renamed(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Weights under the names of a model's own parameters, where they have those of its files.
+
+    transformers 5 gives some architectures (ViT among them) other names in memory than in the files that it reads and
+    writes. Its own ``from_pretrained`` translates; None where it finds weights missing, left over or of another shape.
+
+    Cost: the model is built and filled once.
+    """
+    with torch.random.fork_rng([]), redirect_stderr(io.StringIO()):  # progress bars
+        try:
+            own, found = type(model).from_pretrained(
+                None,
+                config=copy.deepcopy(model.config),
+                state_dict=dict(state),
+                dtype=model.dtype,
+                output_loading_info=True,
+            )
+        except RuntimeError:  # shapes that do not fit
+            return None
+    if any(found.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")):
+        return None
+    result: dict[str, Tensor] = own.state_dict()
+    return result
 
 
 def save_pretrained(

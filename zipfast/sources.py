@@ -229,11 +229,11 @@ def _line(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
-def find_callable(op: str, name: str) -> Callable[..., Any]:
+def find_callable(op: str, name: str, what: str = "factory") -> Callable[..., Any]:
     """What stands behind ``package.module:name``; the name may have dots. The current directory is searched too.
 
     Args:
-        op: who asks, for messages. name: the user's own word, never that of a file.
+        op: who asks, and what: for which option, for messages. name: the user's own word, never that of a file.
 
     Raises:
         ValueError: another form. ImportError: no such module. TypeError: nothing of that name that can be called.
@@ -243,7 +243,8 @@ def find_callable(op: str, name: str) -> Callable[..., Any]:
         'mlp'
     """
     if (found := _FACTORY.fullmatch(name)) is None or found[2]:
-        raise ValueError(f"{op}: 'factory' must be package.module:factory, got {name!r}")
+        kind = "factory" if what == "factory" else "function"
+        raise ValueError(f"{op}: {what!r} must be package.module:{kind}, got {name!r}")
     module, attribute = name.split(":")
     sys.path.insert(0, here := os.getcwd())  # as `python -m` does
     try:

@@ -113,6 +113,13 @@ def test_checkpoints_of_other_frameworks(tmp_path: Path, file: str, of: str) -> 
     check_checkpoint("zipfast_linear", str(tmp_path))
 
 
+@pytest.mark.parametrize("path", ["./nothing", "{}/nothing", "some/where/nothing"])
+def test_a_path_where_nothing_is(tmp_path: Path, path: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"zipfast_linear: no model at .*nothing"):
+        check_checkpoint("zipfast_linear", path.format(tmp_path))
+    check_checkpoint("zipfast_linear", "owner/nothing")  # of the hub: mergekit's own to fetch
+
+
 def test_an_adapter_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
@@ -187,7 +194,9 @@ def test_soups_that_cannot_be_chosen(files: Path, monkeypatch: pytest.MonkeyPatc
         choose_soup(paths, {"data": data, "evaluate": "judge:score"})
     with pytest.raises(ValueError, match=r"'zipfast: factory' must say what .*a.safetensors belongs to"):
         choose_soup(paths, {"data": data})
-    with pytest.raises(ValueError, match=r"zipfast_greedy_soup: 'factory' must be package.module:factory, got 'judge'"):
+    with pytest.raises(
+        ValueError, match=r"zipfast_greedy_soup: 'evaluate' must be package.module:function, got 'judge'"
+    ):
         choose_soup(paths, {"evaluate": "judge"})
     np.savez(files / "bare.npz", x=np.zeros((4, 6)))
     with pytest.raises(ValueError, match="'data' must hold labels, or the input_ids of a language model, got neither"):

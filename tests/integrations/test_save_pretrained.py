@@ -283,3 +283,26 @@ def test_out_may_be_a_folder(tmp_path: Path) -> None:
     args.method = "ensemble"
     with pytest.raises(ValueError, match=r"zip: 'out' must end in .safetensors for a whole model"):
         _check_out(args, models, (), {})
+
+
+def test_a_soup_of_folders_is_scored_under_the_names_of_files(tmp_path: Path) -> None:
+    folders = saved(tmp_path, "vit")
+    batch = inputs("vit", 5)["pixel_values"]
+    models = [transformers.ViTForImageClassification.from_pretrained(folder).eval() for folder in folders]
+    batches = [(batch, logits(models[1], {"pixel_values": batch}).argmax(-1))]
+    evaluator = zipfast.soups.Evaluator(models[0], batches)
+    before = torch.get_rng_state()
+    soup = zipfast.greedy_soup(folders, evaluator, out=tmp_path / "soup")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert soup.ingredients[0] == 1 and soup.scores[1] == soup.score == 100.0 and soup.scores[0] < 100.0
+    state = open_state(folders[0]).load()
+    evaluator.load(state)
+    loaded = transformers.ViTForImageClassification.from_pretrained(folders[0])
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in evaluator.model.state_dict().items())
+    for changed in (
+        {key: value for key, value in state.items() if key != "classifier.weight"},
+        state | {"other": torch.zeros(1)},
+        state | {"classifier.weight": torch.zeros(3, 12)},
+    ):
+        with pytest.raises(ValueError, match=r"Evaluator: the weights must fit ViT\w+, got ones that lack vit"):
+            evaluator.load(changed)

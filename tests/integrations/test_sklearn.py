@@ -18,6 +18,7 @@ sklearn = pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 if numbers_of(sklearn.__version__) < (1, 6):
     pytest.skip(f"scikit-learn {sklearn.__version__} is older than 1.6", allow_module_level=True)
 
+from scipy import sparse  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.decomposition import PCA  # noqa: E402
 from sklearn.feature_selection import SelectFromModel, SelectKBest, SequentialFeatureSelector  # noqa: E402
@@ -149,6 +150,9 @@ def test_refusals() -> None:
         LogMERegressor(mode="best").fit(X, VALUES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"LogMERegressor: 'labels' must have an output with a value other than 0"):
         LogMERegressor().fit(X, np.zeros(120))
+    for call in (lambda x: feature_evidence(x, CLASSES), lambda x: evidence_score(LogMEClassifier(), x, CLASSES)):
+        with pytest.raises(TypeError, match=r"Sparse data was passed, but dense data is required. Use '.toarray\(\)'"):
+            call(sparse.csr_matrix(X))
     with pytest.raises(ValueError, match=r"feature_evidence: 'X' must be \[N, D\], got shape \[6\]"):
         feature_evidence(X[0], CLASSES)
     with pytest.raises(ValueError, match="X has 5 features, but LogMERegressor is expecting 6 features"):

@@ -227,3 +227,17 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"greedy.json must be the record of a soup of format 1, got another file"):
             callback.on_train_begin(SimpleNamespace(world_size=1), SimpleNamespace(global_step=0), None)
     assert len(list(loader(0))) == len(samples(0)) // 16
+
+
+def test_a_model_of_the_users_stays(start: Start, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    model(9).save_pretrained(mine)
+    before = (mine / "model.safetensors").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"'out' must be free for a new run, got .*mine with model.safetensors; name anoth"
+    ):
+        start(tmp_path / "run", [GreedySoupCallback(lambda _: 0.0, mine)]).train()
+    assert (mine / "model.safetensors").read_bytes() == before
+    callback = GreedySoupCallback(lambda _: 0.0, mine, overwrite=True)
+    start(tmp_path / "run", [callback]).train()
+    assert callback.members and (mine / "model.safetensors").read_bytes() != before

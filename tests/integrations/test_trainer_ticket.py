@@ -181,6 +181,15 @@ def test_levels_of_iterative_pruning_are_a_loop(start: Start, tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
+def test_a_schedule_beyond_the_end(start: Start, tmp_path: Path) -> None:
+    callback = TicketCallback(schedule={2: 0.5, 900: 0.5})
+    with pytest.warns(
+        UserWarning, match=r"TicketCallback: 'schedule' prunes at step 900, but the training ends at \d+"
+    ):
+        start(tmp_path, [callback]).train()
+    assert [step for step, _ in callback.history] == [2]
+
+
 def test_bad_arguments() -> None:
     net = model()
     with pytest.raises(TypeError, match=r"TicketCallback: 'masks' must be zipfast.Masks, got str; see Masks.load"):

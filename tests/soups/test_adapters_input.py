@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from lora import base_state, factors, write
+from safetensors.torch import save_file
 
 import zipfast
 from zipfast.soups import adapted
@@ -150,3 +152,59 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
         adapted(base, {"w": torch.ones(1)})
     with pytest.raises(ValueError, match="soup: models must be whole checkpoints here"):
         layout_of([open_state(folder)])
+
+
+@pytest.mark.parametrize("said", [True, None])  # transformers 4 leaves its default, True, out
+def test_a_base_whose_output_is_its_words(tmp_path: Path, said: bool | None) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    words = torch.randn(7, 4)
+    save_file({"embed_tokens.weight": words, "block.0.wide.weight": torch.randn(5, 3)}, base / "model.safetensors")
+    config = {"architectures": ["TinyForCausalLM"], **({} if said is None else {"tie_word_embeddings": said})}
+    (base / "config.json").write_text(json.dumps(config))
+    plain = write(tmp_path / "plain", factors(1, 2, ("block.0.wide",)))
+    lora = {"embed_tokens.lora_embedding_A": torch.randn(2, 7), "embed_tokens.lora_embedding_B": torch.randn(4, 2)}
+    for name, tensors in (
+        ("factors", lora),
+        ("whole", {**factors(1, 2, ("block.0.wide",)), "embed_tokens.weight": words}),
+        ("head", {**factors(1, 2, ("block.0.wide",)), "lm_head.weight": words}),
+    ):
+        changed = write(tmp_path / name, tensors)
+        wanted = (
+            rf"must keep its output layer apart .*{name} changes '\w+.weight' and .*base.* ties them; soup the adap"
+        )
+        with pytest.raises(ValueError, match=wanted):
+            zipfast.uniform_soup([changed], base=base, out=tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+        assert zipfast.uniform_soup([changed]).state is not None
+    for architecture, tied in (("TinyForCausalLM", False), ("TinyForSequenceClassification", True)):
+        config = {"architectures": [architecture], "tie_word_embeddings": tied}
+        (base / "config.json").write_text(json.dumps(config))
+        merged = zipfast.uniform_soup([tmp_path / "factors"], base=base).state
+        assert merged is not None and not torch.equal(merged["embed_tokens.weight"], words)
+    (base / "config.json").write_text(json.dumps({"architectures": ["TinyForCausalLM"]}))
+    assert zipfast.uniform_soup([plain], base=base).state is not None
+
+
+def test_folders_that_hold_something_else(tmp_path: Path) -> None:
+    base, other = tmp_path / "base", tmp_path / "other"
+    for folder, size in ((base, 1), (other, 2)):
+        folder.mkdir()
+        save_file(base_state(), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"size": size, "dtype": "float32"}))
+        (folder / "trainer_state.json").write_text(str(size))
+    adapter = write(tmp_path / "a", factors(1, 2, ("block.0.wide",)))
+    zipfast.uniform_soup([adapter], base=base, out=other)  # the base's config, not that of what was there
+    assert json.loads((other / "config.json").read_text())["size"] == 1
+    assert (other / "trainer_state.json").read_text() == "2"
+    zipfast.uniform_soup([adapter], base=base, out=tmp_path / "half", out_dtype=torch.float16)
+    assert json.loads((tmp_path / "half" / "config.json").read_text()) == {"size": 1, "dtype": "float16"}
+    assert not (tmp_path / "half" / "trainer_state.json").exists()
+    before = (other / "model.safetensors").read_bytes(), (adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"'out' must be free for an adapter, got .*other with model.safetensors of a"):
+        zipfast.uniform_soup([adapter], out=other)
+    for given in ({"base": base}, {}):
+        sources = [adapter] if given else [base, base]
+        with pytest.raises(ValueError, match=r"'out' must be free for a whole model, got .*a with adapter_config.json"):
+            zipfast.uniform_soup(sources, out=adapter, **given)
+    assert before == ((other / "model.safetensors").read_bytes(), (adapter / "adapter_model.safetensors").read_bytes())

@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 from .. import checkpoint
 from ..commands.common import read_yaml
-from ..states import INDEXES, SINGLES
+from ..states import INDEXES, SINGLES, open_state
 from . import mergekit_recipes as recipes
 from .mergekit_recipes import KEY, SETTINGS
 
@@ -178,6 +179,13 @@ def _whole(config: Mapping[str, Any], out: str, options: Any, raw: bool = False)
         if method.startswith("zipfast_"):
             facts = _look(method, config, settings, options, raw)
         yield
+        if method.startswith("zipfast_") and not raw and (lost := _lost(config, out, options)):
+            if fresh:
+                shutil.rmtree(out, ignore_errors=True)
+            raise ValueError(
+                f"{method}: models must be of an architecture whose tensors mergekit finds all, but it left out {lost}; use "
+                "zipfast zip or zipfast soup"
+            )
         if facts:
             with checkpoint.atomic_write(Path(out) / FACTS, "w") as file:
                 json.dump(facts, file, indent=1)
@@ -219,6 +227,19 @@ def _look(method: str, config: Mapping[str, Any], settings: dict[str, Any], opti
     if not options.quiet:
         print(*told, sep="\n", file=sys.stderr)
     return recipes.facts_of(method, names, settings, found)
+
+
+def _lost(config: Mapping[str, Any], out: str, options: Any) -> str | None:
+    """A weight of a layer that mergekit, which guesses the layers of models that it does not know, has not written.
+
+    It does so for names in files that are not those in memory, as ViT has them in transformers 5, and reports success.
+    """
+    models, _ = _references(config, raw=False)
+    if config.get("slices") or config.get("modules") or not models:
+        return None
+    wanted, got = open_state(_folder(models[0], options)).entries, open_state(out).entries
+    lost = [key for key in wanted if key not in got and re.search(r"\.\d+\..*\.weight$", key)]
+    return f"{lost[0]!r} and {len(lost) - 1} more weights of layers" if lost else None
 
 
 def _references(config: Mapping[str, Any], raw: bool) -> tuple[list[Any], Any]:

@@ -83,9 +83,11 @@ def check_checkpoint(method: str, path: str) -> None:
     """Refuse a file or folder with weights of another framework, or of an adapter, in one sentence.
 
     Raises:
-        ValueError: names the file, what it belongs to, and what to do.
+        ValueError: names the file, what it belongs to, and what to do. FileNotFoundError: a path where nothing is.
     """
-    place = Path(path)
+    place = Path(path).expanduser()
+    if not place.exists() and (place.is_absolute() or path.startswith((".", "~")) or len(place.parts) > 2):
+        raise FileNotFoundError(f"{method}: no model at {path}")  # a name on the hub is owner/name
     files = sorted(place.iterdir()) if place.is_dir() else [place]
     names = [file.name for file in files]
     if any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) and "adapter" not in name for name in names):
@@ -239,7 +241,7 @@ def choose_soup(
     model = _load(paths[0], settings).to(device) if whole else None
     evaluate: Callable[[dict[str, Tensor]], float]
     if "evaluate" in settings:
-        evaluate = _Named(sources.find_callable(method, settings["evaluate"]), model)
+        evaluate = _Named(sources.find_callable(method, settings["evaluate"], "evaluate"), model)
     elif model is None:
         raise ValueError(
             f"{method}: '{KEY}: factory' must say what {paths[0]} belongs to, as package.module:name, got none"

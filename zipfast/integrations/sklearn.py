@@ -26,7 +26,7 @@ optional("scikit-learn", "zipfast.integrations.sklearn")
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier  # noqa: E402
 from sklearn.pipeline import Pipeline  # noqa: E402
 from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
-from sklearn.utils.validation import check_is_fitted, validate_data  # noqa: E402
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data  # noqa: E402
 
 __all__ = ["LogMEClassifier", "LogMERegressor", "evidence_score", "feature_evidence"]
 
@@ -195,7 +195,7 @@ def evidence_score(estimator: Any, X: Any, y: Any) -> float:
     if isinstance(estimator, Pipeline):
         head = estimator.steps[-1][1]
         X = estimator[:-1].transform(X) if len(estimator.steps) > 1 else X
-    x = np.asarray(X, dtype=np.float64)
+    x = _dense(X)
     if getattr(head, "fit_intercept", False):
         x = _with_ones(x)
     classes = is_classifier(estimator)
@@ -223,13 +223,19 @@ def feature_evidence(X: Any, y: Any, *, task: Task = "classification", fit_inter
         >>> int(feature_evidence(x, y).argmax())
         1
     """
-    x = np.asarray(X, dtype=np.float64)
+    x = _dense(X)
     if x.ndim != 2:
         raise ValueError(f"feature_evidence: 'X' must be [N, D], got shape {list(x.shape)}")
     target = np.unique(y, return_inverse=True)[1] if task == "classification" else np.asarray(y, dtype=np.float64)
     columns = (x[:, [j]] for j in range(x.shape[1]))
     given = (_with_ones(column) if fit_intercept else column for column in columns)
     return np.array([Basis(one, name="feature_evidence").score(target, task=task).score for one in given])
+
+
+def _dense(x: Any) -> np.ndarray:
+    """float64, of any shape; sparse matrices are refused by scikit-learn's own words."""
+    found: np.ndarray = check_array(x, dtype=np.float64, ensure_2d=False, allow_nd=True, ensure_all_finite=False)
+    return found
 
 
 def _with_ones(x: np.ndarray) -> np.ndarray:

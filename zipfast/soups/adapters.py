@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..pretrained import ties_words
 from ..states import INDEXES, SINGLES, State, open_state
 
 CONFIG = "adapter_config.json"
@@ -48,6 +49,8 @@ REASONS = {
     "use_dora": "DoRA divides by the norm of the changed weight: the average of such changes is no low-rank change",
     "target_parameters": "parameters of experts are three-dimensional, and are not read here",
 }
+WORDS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|shared|embed_in|lm_head|embed_out)\.weight$")
+HEADS = ("lm_head.weight", "embed_out.weight", "decoder.weight")
 SHOWN = 5  # problems that a message names
 PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -387,7 +390,8 @@ class Adapted(State):
         base: a checkpoint. adapters: of it. column: float64 [k], their weights.
 
     Raises:
-        ValueError: a module that the base has not, or of another shape: all of them.
+        ValueError: a module that the base has not, or of another shape: all of them; a change of the table of words, or of
+        the output layer, in a base where they are one.
     """
 
     def __init__(self, base: State, adapters: Sequence[Adapter], column: Tensor, *, name: str = "adapted") -> None:
@@ -396,6 +400,7 @@ class Adapted(State):
         self.changes: dict[str, tuple[Tensor, Tensor]] = {}
         self.values: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
+        _check_words(base, adapters, name)
         problems = []
         fan = bool(adapters[0].config.get("fan_in_fan_out"))
         every = dict.fromkeys(base_key(key) for adapter in adapters for key in adapter.whole)
@@ -450,6 +455,21 @@ class Adapted(State):
 
     def close(self) -> None:
         self.base.close()
+
+
+def _check_words(base: State, adapters: Sequence[Adapter], name: str) -> None:
+    """PEFT changes one of two tied layers, or both apart; merged, they would be loaded as one again."""
+    if not ties_words(base.name) or any(key.endswith(HEADS) and key not in base.ties for key in base.entries):
+        return
+    for adapter in adapters:
+        keys = [f"{module}.weight" for module in adapter.pairs]
+        keys += [base_key(key) for key in adapter.whole if ".base_layer." not in key]
+        if key := next((key for key in keys if WORDS.search(key)), None):
+            raise ValueError(
+                f"{name}: the base must keep its output layer apart from its table of words (tie_word_embeddings) where an "
+                f"adapter changes one of them, but {adapter.name} changes {key!r} and {base.name} ties them; soup the "
+                "adapters without base"
+            )
 
 
 def _oriented(shape: tuple[int, ...], found: Factors, fan: bool) -> tuple[Tensor, Tensor] | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..evaluate import accuracy
 from ..features import batch_inputs, batch_labels, device_of, evaluating, output_tensor
 from ..merging import reestimate_batchnorm
+from ..pretrained import is_pretrained, renamed
 from .mix import RUNNING
 
 
@@ -85,10 +86,18 @@ class Evaluator:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put weights into the model, and re-estimate its batch norm where asked to.
 
+        Of a model of transformers they may have the names of its files, too.
+
         Raises:
             ValueError: names or shapes that do not fit, by name.
         """
         own = self.model.state_dict(keep_vars=True)
+        if (
+            any(key not in own for key in state)
+            and hasattr(self.model, "from_pretrained")
+            and is_pretrained(self.model)
+        ):
+            state = renamed(self.model, state) or state
         there = {value.data_ptr() for key, value in own.items() if key in state}
         missing = [key for key, value in own.items() if key not in state and value.data_ptr() not in there]
         unknown = [key for key in state if key not in own]

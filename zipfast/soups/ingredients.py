@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..states import SINGLES, State, open_state
-from .adapters import Adapted, Adapter, check_adapters, concatenated, is_adapter, separated, write_adapter
+from ..states import INDEXES, SINGLES, State, open_state
+from .adapters import CONFIG, Adapted, Adapter, check_adapters, concatenated, is_adapter, separated, write_adapter
 from .mix import SHARD, Layout, layout_of, mix
 
 HASHED = 1 << 20  # bytes at a time
-BESIDE = (".json", ".txt", ".model", ".jinja")  # what a Hugging Face folder holds besides weights: config, tokenizer
 
 
 class Whole:
@@ -96,12 +94,7 @@ class Adapters(Whole):
             model = Adapted(self.base, chosen, column, name=self.name)
             layout = layout_of([model], out_dtype=self.out_dtype, name=self.name)
             one = torch.ones(1, dtype=torch.float64)
-            found = mix(
-                [model], one, layout=layout, out=out, shard_bytes=shard_bytes, metadata=metadata, name=self.name
-            )
-            if out is not None:
-                _copy_beside(self.base.name, out)
-            return found
+            return mix([model], one, layout=layout, out=out, shard_bytes=shard_bytes, metadata=metadata, name=self.name)
         if self.separate:
             tensors, self.config, note = separated(chosen, column, self.out_dtype, name=self.name)
             self.notes = (*self.notes, note)
@@ -146,12 +139,19 @@ def gather(
     """Open the sources and check that they fit together.
 
     Raises:
-        ValueError: adapters beside whole checkpoints; options that are for the other kind; what does not fit.
+        ValueError: adapters beside whole checkpoints; options that are for the other kind; what does not fit; a folder with
+        an adapter for a whole model, or the other way round: ``from_pretrained`` would add one to the other.
     """
     if isinstance(sources, (str, os.PathLike, Mapping)):
         sources = [sources]
     states = [open_state(source, f"model {i}") for i, source in enumerate(sources)]
     adapters = [state for state in states if isinstance(state, Adapter)]
+    if out is not None:
+        whole_out, there = not adapters or base is not None, Path(out).expanduser()
+        other = (CONFIG,) if whole_out else (*SINGLES, *INDEXES)
+        if beside := [file for file in other if (there / file).is_file()]:
+            kinds = ("a whole model", "an adapter") if whole_out else ("an adapter", "a whole model")
+            raise ValueError(f"{name}: 'out' must be free for {kinds[0]}, got {there} with {beside[0]} of {kinds[1]}")
     if not adapters:
         for option, value in (("base", base), ("separate", separate or None)):
             if value is not None:
@@ -196,19 +196,6 @@ def adapted(base: Any, adapter: Any) -> State:
     if not isinstance(change, Adapter):
         raise ValueError(f"adapted: 'adapter' must be a folder with a LoRA adapter of PEFT, got {change.name}")
     return Adapted(open_state(base, "base"), [change], torch.ones(1, dtype=torch.float64))
-
-
-def _copy_beside(base: str, out: str | os.PathLike[str]) -> None:
-    """Config and tokenizer of the base's folder, so that `from_pretrained` loads the result; what is there stays."""
-    source, target = Path(base), Path(out)
-    if source.name in SINGLES:  # the one file of a folder stands for it
-        source = source.parent
-    if not source.is_dir() or not target.is_dir() or source.resolve() == target.resolve():
-        return
-    for file in sorted(source.iterdir()):
-        named = file.suffix in BESIDE and not file.name.endswith(".index.json") and not file.name.startswith("adapter_")
-        if named and file.is_file() and not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
 
 
 def fingerprint(state: State) -> str:

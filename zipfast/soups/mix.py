@@ -373,7 +373,8 @@ def _write_shards(
     name: str,
 ) -> None:
     """All files under other names first, then renamed, the index last: what was there before stays until all is written."""
-    origin = folder_of(states[0].name)
+    first: State = getattr(states[0], "base", states[0])  # with adapters merged into it
+    origin = folder_of(first.name)
     before, after = ({e[key].dtype for key in layout.blended} for e in (states[0].entries, layout.entries))
     changed = next(iter(after)) if len(after) == 1 and before != after else None
     if shard_bytes < 1:
@@ -402,8 +403,8 @@ def _write_shards(
                 files.append(file)
             if origin is not None:
                 copy_companions(origin, folder, changed)
-            elif is_pretrained(states[0].module):
-                write_config(states[0].module, folder, changed)
+            elif is_pretrained(first.module):
+                write_config(first.module, folder, changed)
             # A reader takes whichever of index and single file it looks for first: none of an earlier model may stay.
             for old in (folder / INDEXES[0], folder / SINGLES[0], *folder.glob(SHARDS)):
                 old.unlink(missing_ok=True)

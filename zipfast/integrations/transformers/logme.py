@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...ranking import LogMEMonitor
 from ...ranking import evidence as ev
 from ...ranking.targets import Task
-from .common import TrainerCallback, recall, remember, undisturbed
+from .common import TrainerCallback, check_resumed, recall, remember, undisturbed
 
 KEY = "LogMECallback"
 
@@ -73,8 +73,9 @@ class LogMECallback(TrainerCallback):
         self.every, self.stops, self.name, self.log = every, patience is not None, name, log
         self.training = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Begin anew, or go on from the checkpoint."""
+        check_resumed("LogMECallback", args, state, model)
         self.monitor.load_state_dict(recall(state, self._key) or self.fresh)
         self.training = True
 

@@ -18,7 +18,8 @@ from ...merging import reestimate_batchnorm
 from ...pretrained import WEIGHTS, save_pretrained
 from ...soups import uniform_soup
 from ...soups.recipes import ACCEPT, Tried
-from .common import TrainerCallback, undisturbed
+from ...states import INDEXES, SINGLES
+from .common import TrainerCallback, check_resumed, undisturbed
 
 EVENTS = ("evaluate", "save", "epoch")
 FILE = "greedy.json"
@@ -42,7 +43,7 @@ class GreedySoupCallback(TrainerCallback):
         accept: ``"gt"``: an ingredient stays if the score rises; ``"ge"``: if it does not fall.
         recalibrate: batches to re-estimate batch-norm statistics on, where there are any: averaged ones are wrong.
         max_shard_size: of weight files, as transformers takes it.
-        overwrite: a new run may delete the soup in `out`.
+        overwrite: a new run may delete the soup or the model in `out`.
 
     Attributes:
         tried: list of :class:`zipfast.soups.Tried`, in order, `model` being the step. score: of the soup; None before the
@@ -50,7 +51,8 @@ class GreedySoupCallback(TrainerCallback):
 
     Raises:
         ValueError: options that are none; several processes (soup their checkpoints with ``zipfast.greedy_soup``
-        afterwards); a folder with another run's soup; a score that is NaN; weights that are not finite. OSError: the folder.
+        afterwards); a folder with another run's soup or another model; a score that is NaN; weights that are not finite.
+        OSError: the folder.
 
     Cost: per event one evaluation, one copy of the model in memory, and every ingredient's weights read once; on disk one
     copy of the weights per ingredient.
@@ -108,11 +110,18 @@ class GreedySoupCallback(TrainerCallback):
                 f"GreedySoupCallback: 'args' must train in one process, got {args.world_size}; keep the checkpoints and "
                 "call zipfast.greedy_soup on them afterwards"
             )
+        check_resumed("GreedySoupCallback", args, state, model)
         there = self._read()
         if there and state.global_step == 0 and not self.overwrite:
             raise ValueError(
                 f"GreedySoupCallback: 'out' must be free for a new run, got {self.out} with a soup of another; resume "
                 "from a checkpoint, name another folder, or say overwrite=True"
+            )
+        names = [name for name in (*SINGLES, *INDEXES) if (self.out / name).is_file()]
+        if names and not there and not (self.out / "ingredients").is_dir() and not self.overwrite:
+            raise ValueError(
+                f"GreedySoupCallback: 'out' must be free for a new run, got {self.out} with {names[0]}; name another "
+                "folder, or say overwrite=True"
             )
         self.tried = [one for one in there if one.model <= state.global_step]
         kept = {self._file(step).name for step in self.members}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...tickets import MaskedOptimizer, Masks
 from ...tickets.masks import SCOPES, Rates, apply_bits_
 from ...tickets.optim import MODES
-from .common import TrainerCallback, checkpoint_folder, recall, remember
+from .common import TrainerCallback, check_resumed, checkpoint_folder, not_loaded, recall, remember
 
 KEY = "TicketCallback"
 FILE = "masks.safetensors"
@@ -79,6 +79,7 @@ class TicketCallback(TrainerCallback):
     ) -> None:
         """Mask the model and find the masks of the checkpoint, if it is resumed."""
         self._check(args, state)
+        check_resumed("TicketCallback", args, state, model)
         masks = self.start
         if masks is None:
             masks = Masks.ones(model, only=self.only, ignore=self.ignore)
@@ -88,6 +89,12 @@ class TicketCallback(TrainerCallback):
             masks = self._find(args, state, known["hash"], masks)
         masks.agree()
         self._attach(masks, model, optimizer, state)
+        if late := [step for step in self.schedule if step > state.max_steps]:
+            warnings.warn(
+                f"TicketCallback: 'schedule' prunes at step {late[0]}, but the training ends at {state.max_steps}: that is "
+                "not pruned",
+                stacklevel=2,
+            )
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
@@ -125,6 +132,13 @@ class TicketCallback(TrainerCallback):
         if not file.is_file():
             warnings.warn(
                 f"TicketCallback: the best model, {file.parent}, has no {FILE}: what it has pruned is not known",
+                stacklevel=2,
+            )
+            return
+        if key := not_loaded(model, file.parent):
+            warnings.warn(
+                f"TicketCallback: the Trainer has not loaded the best model, {file.parent}, but kept another {key!r}: names "
+                f"in memory are not those of the file; load it by {type(model).__name__}.from_pretrained",
                 stacklevel=2,
             )
             return
