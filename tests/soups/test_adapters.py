@@ -326,7 +326,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     save_file(net.state_dict(), "base.safetensors")
-    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "adapter_nets.py").write_text(NETS)
     x = torch.randn(60, 6)
     np.savez("held.npz", x=x.numpy(), y=net(x).argmax(1).numpy())
     for i in range(3):
@@ -348,7 +348,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert Adapter("soup").entries[PREFIX + "0.lora_A.weight"].shape == (6, 6)
     status, told = run("check", *names)
     assert status == 0 and "3 adapters fit together: 1 modules, rank 6 at most" in told
-    data = ["--data", "held.npz", "--factory", "nets:net", "--base", "base.safetensors", "--quiet"]
+    data = ["--data", "held.npz", "--factory", "adapter_nets:net", "--base", "base.safetensors", "--quiet"]
     status, told = run("greedy", *names, *data, "--out", "greedy.safetensors")
     assert status == 0 and "accuracy on held-out" in told
     assert load_file("greedy.safetensors").keys() == net.state_dict().keys()
