@@ -14,6 +14,8 @@ RESULTS ?= benches/results
 PYTEST_ARGS ?=
 # a process a core, eight at most (each takes a gigabyte); blocks of neighbouring tests, as these share what they train
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+# and of one thread each, or they would wait for each other; tests of several threads set their number
+ONE_THREAD := OMP_NUM_THREADS=1 ZIPFAST_TEST_THREADS=1
 
 .PHONY: help demo lottery test slow check docs bench gpu gpu-dry dist native clean
 help:
@@ -49,7 +51,7 @@ native: $(ENV)/.zipfast-test
 	@ZIPFAST_EMU=1 $(PYTHON) setup.py -q build_ext --inplace > build/native.log 2>&1 || { cat build/native.log; exit 1; }
 
 test: native
-	$(PYTHON) -m pytest -q -p no:cacheprovider $(PARALLEL) tests zipfast --doctest-modules $(PYTEST_ARGS)
+	$(ONE_THREAD) $(PYTHON) -m pytest -q -p no:cacheprovider $(PARALLEL) tests zipfast --doctest-modules $(PYTEST_ARGS)
 
 slow: native
 	$(PYTHON) -m pytest -q -m slow tests $(PYTEST_ARGS)

@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "check"
 OP_TESTS = str(ROOT / "tests" / "ops")
 BAD_SYMBOL = re.compile(r"_ZNK?(2at|3c10|5torch)| Py[A-Z_]")
-# Every kernel and path on the emulator, without what only repeats them: under a sanitizer, a test takes ten times as long.
+# Every kernel and path on the emulator, without what only repeats them: for further schedules, and under a sanitizer, where a
+# test takes ten times as long.
 EVERY_KERNEL = (
     "emu and (apply_mask or regroup or test_blend or correlate or (masked_step and not ten_steps)"
     " or (threshold and (brackets or ties or groups or table))"
@@ -188,7 +189,7 @@ def seeds() -> None:
     place = as_built()
     for seed in (0, 3):  # the suite itself has run seed 1
         env = {"CUDA_EMU_SEED": str(seed), "ZIPFAST_REQUIRE": "emu", **ONE_THREAD}
-        pytest(place, OP_TESTS, "-k", "emu", env=env)
+        pytest(place, OP_TESTS, "-k", EVERY_KERNEL, env=env)
 
 
 def sanitize() -> None:
