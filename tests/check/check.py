@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "check"
 OP_TESTS = str(ROOT / "tests" / "ops")
 BAD_SYMBOL = re.compile(r"_ZNK?(2at|3c10|5torch)| Py[A-Z_]")
-# Every kernel and path on the emulator, without what only repeats them: for further schedules, and under a sanitizer, where a
-# test takes ten times as long.
+# Every kernel and path on the emulator, without what only repeats them: for further schedules, and under a sanitizer,
+# where a test takes ten times as long.
 EVERY_KERNEL = (
     "emu and (apply_mask or regroup or test_blend or correlate or (masked_step and not ten_steps)"
     " or (threshold and (brackets or ties or groups or table))"
