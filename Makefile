@@ -13,7 +13,7 @@ PYTHON := $(ENV)/bin/python
 RESULTS ?= benches/results
 PYTEST_ARGS ?=
 # a process a core, eight at most (each takes a gigabyte); blocks of neighbouring tests, as these share what they train
-PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+PARALLEL := -p no:benchmark -n auto --maxprocesses 8 --dist worksteal
 # and of one thread each, or they would wait for each other; tests of several threads set their number
 ONE_THREAD := OMP_NUM_THREADS=1 ZIPFAST_TEST_THREADS=1
 

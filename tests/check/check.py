@@ -44,7 +44,7 @@ EVERY_KERNEL = (
     " or (test_evidence and (definition or same_steps))"
     " or (test_moments and (test_sizes or halves or test_features or several_parts or two_calls)))"
 )
-PARALLEL = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")  # as `make test`
+PARALLEL = ("-p", "no:benchmark", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")  # as `make test`
 ONE_THREAD = {"ZIPFAST_TEST_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 SPILLS = "-Xptxas=--warn-on-spills,--warning-as-error"
 
