@@ -134,9 +134,11 @@ def try_out(name: str, artifact: Path, torch: str, tests: list[str]) -> None:
     place = BUILD / f"{name}-tests"
     shutil.copytree(next(BUILD.glob("zipfast-*")), place)
     shutil.rmtree(place / "zipfast")  # the tests must find the installed package, and nothing else
-    at = Path(run(python, "-c", "import zipfast; print(zipfast.__file__)", cwd=place).strip().splitlines()[-1])
-    if BUILD / name not in at.parents:
-        raise SystemExit(f"the tests would run against {at}, not against the package in {BUILD / name}")
+    at = run(python, "-c", "import zipfast; print(zipfast.__file__)", cwd=place).strip().splitlines()[-1]
+    installed = Path(at).resolve().parent
+    if BUILD / name not in installed.parents:
+        raise SystemExit(f"the tests would run against {installed}, not against the package in {BUILD / name}")
+    (place / "zipfast").symlink_to(installed)  # for tests that read the sources
     got = run(python, "-c", "import torch; print(torch.__version__)").strip()
     if got.split("+")[0] != torch:
         raise SystemExit(f"the package must work beside torch {torch}, but its installation brought {got}")
