@@ -181,7 +181,7 @@ def as_built() -> Path:
 def simd() -> None:
     place = as_built()
     for level in ("avx2", "baseline"):
-        env = {"ZIPFAST_SIMD": level, "ZIPFAST_REQUIRE": "cpu"}
+        env = {"ZIPFAST_SIMD": level, "ZIPFAST_REQUIRE": "cpu", **ONE_THREAD}
         pytest(place, f"{OP_TESTS}/test_moments.py", "-k", "cpu", env=env)
 
 
@@ -201,6 +201,7 @@ def sanitize() -> None:
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        **ONE_THREAD,
     }
     pytest(place, OP_TESTS, "-k", "cpu", env={**env, "ZIPFAST_REQUIRE": "cpu"})
     pytest(place, OP_TESTS, "-k", EVERY_KERNEL, env={**env, "ZIPFAST_REQUIRE": "emu"})
