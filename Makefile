@@ -34,10 +34,10 @@ help:
 $(ENV)/bin/python:
 	$(BASE_PYTHON) -m venv --system-site-packages $(ENV)
 
-# check and dist only add packages: what is compiled is there already, or is built elsewhere
+# only packages, but for the demo: `native` compiles, once
 $(ENV)/.zipfast-%: pyproject.toml setup.py CMakeLists.txt | $(ENV)/bin/python
 	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install -q torch==2.13.0
-	$(if $(filter check dist,$*),ZIPFAST_NATIVE=0,ZIPFAST_EMU=$(if $(filter demo,$*),0,1)) $(PYTHON) -m pip install -q -e '.[$*]'
+	$(if $(filter demo,$*),,ZIPFAST_NATIVE=0) $(PYTHON) -m pip install -q -e '.[$*]'
 	@touch $@
 
 demo: $(ENV)/.zipfast-demo
