@@ -53,7 +53,9 @@ def environment() -> Path:
         run(python, "-m", "pip", "install", "-q", "torch==2.13.0")
     else:  # behind the environment's own packages, so that those come first
         own = next((PLACE / "lib").glob("python*/site-packages"))
-        (own / "torch-of-the-parent.pth").write_text(str(Path(torch.origin).parents[1]) + "\n")
+        # what torch needs may lie in another folder, where this interpreter's environment stands upon another
+        folders = [str(Path(torch.origin).parents[1]), *(p for p in sys.path if p.endswith("-packages"))]
+        (own / "torch-of-the-parent.pth").write_text("\n".join(dict.fromkeys(folders)) + "\n")
     run(python, "-m", "pip", "install", "-q", *WITH)
     run(python, "-m", "pip", "install", "-q", "--no-deps", *ALONE)
     stamp.write_text(wanted)
