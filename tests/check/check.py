@@ -13,7 +13,7 @@ sanitize   C++ kernels under address and undefined-behaviour sanitizers, with as
 races      CUDA kernels on the emulator under the thread sanitizer
 docs       the site, built with warnings as errors: links, anchors, arguments that docstrings name; every public name is in
            the reference, and nothing comes from elsewhere
-mergekit   (only if named) real merges through mergekit's own commands and PEFT's own classes, in an environment of their own
+mergekit   real merges through mergekit's own commands and PEFT's own classes, in an environment of their own
 """
 
 from __future__ import annotations
@@ -238,15 +238,13 @@ def mergekit() -> None:
     print("   ", run(sys.executable, ROOT / "tests" / "check" / "mergekit_env.py").strip().splitlines()[-1])
 
 
-# Only where it is named: its pins meet whatever lies beside this interpreter's torch.
-ON_REQUEST = ("mergekit",)
 STEPS: dict[str, Callable[[], object]] = {
     f.__name__: f for f in (lint, cuda, load, symbols, install, simd, seeds, sanitize, races, docs, mergekit)
 }
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or [name for name in STEPS if name not in ON_REQUEST]
+    wanted = sys.argv[1:] or list(STEPS)
     unknown = [w for w in wanted if w not in STEPS]
     if unknown:
         raise SystemExit(f"unknown step {unknown[0]!r}; there are {', '.join(STEPS)}")
