@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from check import ROOT, run
+
 PLACE = ROOT / "build" / "mergekit"
 # Without their dependencies: those would bring another torch, and data sets that no merge reads.
 ALONE = ("mergekit==0.1.5", "peft==0.21.2", "accelerate==1.15.0")
@@ -26,18 +25,6 @@ WITH = (
     "pyyaml==6.0.3", "scipy==1.17.1", "safetensors==0.8.0", "pytest==9.2.0",
 )  # fmt: skip
 TESTS = ("tests/compat/test_compat_mergekit.py", "tests/soups/test_adapters_peft.py")
-
-
-def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    """Run a command; its output, or SystemExit with the end of it."""
-    done = subprocess.run(
-        [str(c) for c in command], cwd=ROOT, env={**os.environ, **(env or {})}, text=True, capture_output=True
-    )
-    if done.returncode:
-        raise SystemExit(
-            f"{(done.stdout + done.stderr)[-6000:]}\nfailed ({done.returncode}): {' '.join(map(str, command))}"
-        )
-    return done.stdout + done.stderr
 
 
 def environment() -> Path:
