@@ -11,6 +11,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+# The commands with a module of their own in zipfast.commands.
+MODULES = {
+    "zip": "merge trained models of one architecture (ZipIt!), wholly or up to a cut",
+    "rank": "rank pre-trained models for labelled data (LogME and others), without fine-tuning",
+    "soup": "average fine-tuned checkpoints into one better model (uniform, greedy, learned), or say why not",
+    "ticket": "find lottery tickets: sparse networks that train as well as the dense one, with their controls",
+    "bench": "measure every op and system beside its installed peers on this machine, and write a report",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for bad input (one sentence on stderr), 2 for bad usage."""
@@ -28,32 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--epochs", type=int, default=15, help="epochs per model (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
 
-    about = "merge trained models of one architecture (ZipIt!), wholly or up to a cut"
-    zip_ = commands.add_parser("zip", help=about, allow_abbrev=False)  # a short --conf would not be read as --config
-
-    about = "rank pre-trained models for labelled data (LogME and others), without fine-tuning"
-    rank = commands.add_parser("rank", help=about, allow_abbrev=False)
-
-    about = "average fine-tuned checkpoints into one better model (uniform, greedy, learned), or say why not"
-    soup = commands.add_parser("soup", help=about, allow_abbrev=False)
-
-    about = "find lottery tickets: sparse networks that train as well as the dense one, with their controls"
-    ticket = commands.add_parser("ticket", help=about, allow_abbrev=False)
-
-    about = "measure every op and system beside its installed peers on this machine, and write a report"
-    bench = commands.add_parser("bench", help=about, allow_abbrev=False)
+    modules = {
+        name: commands.add_parser(name, help=about, allow_abbrev=False)  # a short --conf would not be read as --config
+        for name, about in MODULES.items()
+    }
 
     given = sys.argv[1:] if argv is None else list(argv)
-    if given[:1] == ["zip"]:
-        return _command(zip_, "zip", given[1:])
-    if given[:1] == ["rank"]:
-        return _command(rank, "rank", given[1:])
-    if given[:1] == ["soup"]:
-        return _command(soup, "soup", given[1:])
-    if given[:1] == ["ticket"]:
-        return _command(ticket, "ticket", given[1:])
-    if given[:1] == ["bench"]:
-        return _command(bench, "bench", given[1:])
+    if given and given[0] in modules:
+        return _command(modules[given[0]], given[0], given[1:])
     args = parser.parse_args(given)
     try:
         return _info(args) if args.command == "info" else _demo(args)
